@@ -1,0 +1,1 @@
+"""Rewards -> advantages, shaping and schedules: pure functions, torch-free but for `losses`."""

@@ -1,0 +1,1 @@
+"""What a kind of hardware provides to the trainer."""

@@ -1,0 +1,1 @@
+"""The model on megatron-core: CPU with gloo, CUDA with NCCL."""

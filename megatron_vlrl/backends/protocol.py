@@ -1,0 +1,69 @@
+"""The seam between the trainer and a kind of hardware: what a backend must provide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_vlrl.packing.rows import Microbatch
+    from megatron_vlrl.parallel.groups import ProcessGroups
+
+# (microbatch, log_probs[R], entropies[R]) -> (scalar that is summed over microbatches and data ranks, sums to report).
+# R counts the response tokens of the microbatch; the loss already carries its global denominators.
+TokenLoss = Callable[["Microbatch", "Tensor", "Tensor"], tuple["Tensor", Mapping[str, "Tensor"]]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenScores:
+    """log_probs, entropies: float32[R] on the host, in the order of the microbatch's response tokens."""
+
+    log_probs: Tensor
+    entropies: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpdateResult:
+    """One optimizer update. sums: what the token loss reported, over the global batch; the same on every rank."""
+
+    sums: Mapping[str, float]
+    grad_norm: float
+    skipped: str | None
+
+
+class Backend(Protocol):
+    """A model spread over processes, with its optimizer. Every method is collective: all ranks call it together."""
+
+    groups: ProcessGroups
+
+    def load_hf(self, folder: Path) -> None:
+        """Take weights from a Hugging Face folder of safetensors; a missing, extra or misshapen one raises ModelError."""
+        ...
+
+    def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, whole tensor on the host) in a fixed order, on every rank; gathered in bounded buckets."""
+        ...
+
+    def hf_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """The gradients of the last update, by the same names and in the same way."""
+        ...
+
+    def score(self, microbatches: Sequence[Microbatch]) -> list[TokenScores]:
+        """Log-probs and entropies of every response token, without gradient, on every rank of a model replica."""
+        ...
+
+    def train_step(self, microbatches: Sequence[Microbatch], token_loss: TokenLoss, lr: float) -> UpdateResult:
+        """Accumulate the microbatches' gradients over the data group, clip, and update at learning rate `lr`."""
+        ...
+
+    def save(self, folder: Path, extra: Mapping[str, Any]) -> None:
+        """Write weights, optimizer and random state as shards into an empty folder; `extra` is JSON-like, of rank 0."""
+        ...
+
+    def load(self, folder: Path) -> Mapping[str, Any]:
+        """Restore what `save` wrote and return its `extra`."""
+        ...

@@ -1,0 +1,1 @@
+"""Run state to and from disk: atomic, verified; weights to Hugging Face."""

@@ -1,0 +1,1 @@
+"""argv -> Config -> one command."""

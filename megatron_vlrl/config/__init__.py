@@ -1,0 +1,1 @@
+"""A YAML file and dotted overrides -> one checked, frozen Config."""

@@ -1,0 +1,187 @@
+"""Every setting of a run, with its unit and default. The set of keys is closed and frozen by a test.
+
+A YAML file gives these names nested as written here; `section.key=value` on the command line overrides one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Name, folder and seed of a run."""
+
+    name: str = "run"
+    folder: str = "runs/run"  # everything that the run writes lies under it
+    seed: int = 0
+    resume: str = "never"  # never | auto (the last good checkpoint of this folder, if any) | a checkpoint folder
+    threads: int = 1  # CPU threads of a process; part of what makes a resumed run bit-identical
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which weights, held by which backend."""
+
+    path: str = ""  # a Hugging Face folder: config, weights, tokenizer, processor
+    backend: str = "megatron"
+    provider: str = "local"  # layers of the megatron backend: local
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    freeze: tuple[str, ...] = ()  # globs over Hugging Face parameter names
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Degrees; their product is the number of processes."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    sequence: bool = True  # sequence parallel where tensor > 1
+    timeout_seconds: float = 120.0  # of one collective
+    recompute: Literal["none", "selective", "full"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where samples come from."""
+
+    train: str = ""  # folder of webdataset shards with a manifest
+    weights: Mapping[str, float] = field(default_factory=dict)  # mixture by task; empty: all tasks alike
+    prompts_per_step: int = 8  # over all data-parallel ranks
+    max_prompt_tokens: int = 4096  # vision tokens included
+    max_bad_samples: int = 100  # skipped, counted and logged up to here; then the run stops
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How answers are written."""
+
+    engine: str = "transformers"  # a name in rollout.ENGINES
+    samples_per_prompt: int = 8  # G
+    temperature: float = 1.0
+    max_new_tokens: int = 256
+    batch_prompts: int = 64  # prompts in one engine call
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """How named components become one total: (1 - format - length) * accuracy + format * format + length * length."""
+
+    format_weight: float = 0.1
+    length_weight: float = 0.0
+    length_bands: Mapping[str, tuple[float, float, float, float]] = field(default_factory=dict)  # task -> min, low, high, max tokens
+    length_unit: Literal["token", "char"] = "token"
+    length_only_if_correct: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvantageConfig:
+    """Rewards to advantages. `options` go to the function of that kind, which checks them."""
+
+    kind: str = "g2rpo"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The token objective."""
+
+    kind: str = "ppo_clip"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    aggregation: Literal["sequence_mean", "token_mean"] = "sequence_mean"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntropyConfig:
+    """Entropy shaping; coefficient 0 turns it off."""
+
+    coefficient: float = 0.0
+    estimator: Literal["full", "nll"] = "full"
+    bands: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # task -> min, max in nats
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlgorithmConfig:
+    """What is optimised."""
+
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    entropy: EntropyConfig = field(default_factory=EntropyConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 1e-6
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    warmup_steps: int = 0
+    decay: Literal["constant", "linear", "cosine"] = "linear"
+    final_ratio: float = 0.1  # of lr, reached at train.steps
+    lr_scale: Mapping[str, float] = field(default_factory=dict)  # glob over Hugging Face names -> factor; the last match counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How many steps, and how a step is cut."""
+
+    steps: int = 100
+    minibatches: int = 1  # optimizer updates from one step's rollouts
+    microbatch_tokens: int = 8192  # packed tokens of one forward pass; one group is never split
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save and how many to keep."""
+
+    every: int = 0  # steps; 0: only at the end
+    keep: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Accuracy on shards, before, during or after training; never disturbs the run's random state."""
+
+    data: str = ""  # folder of shards; empty: no evaluation
+    per_task: int = 128
+    temperature: float = 0.0  # 0: greedy
+    every: int = 0  # steps; 0: only before and after
+    start: int = 0  # first step at which `every` counts
+    stop_at: float = 0.0  # mean accuracy over the tasks at which training ends early; 0: never
+    stop_at_each: float = 0.0  # and every task's accuracy is at least this
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObserveConfig:
+    """What a run shows and writes."""
+
+    tensorboard: bool = True
+    progress: bool = True
+    rollouts_every: int = 10  # steps between the rollouts kept for the report
+    rollouts_kept: int = 5  # groups kept each time
+    export: bool = True  # write hf/ at the end
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run, whole. The resolved copy lies in the run's folder as config.yaml."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    observe: ObserveConfig = field(default_factory=ObserveConfig)

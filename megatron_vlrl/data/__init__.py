@@ -1,0 +1,1 @@
+"""Shards on disk -> Samples, in a resumable global order."""

@@ -1,0 +1,1 @@
+"""What a model is, apart from any backend."""

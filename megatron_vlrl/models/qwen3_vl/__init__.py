@@ -1,0 +1,1 @@
+"""Qwen3-VL: geometry, names and prompts, independent of the backend."""

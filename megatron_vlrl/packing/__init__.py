@@ -1,0 +1,1 @@
+"""Groups -> packed rows -> microbatches: the border between lists and tensors."""

@@ -1,0 +1,1 @@
+"""Degrees, process groups, collectives, and the vocabulary-parallel log-prob."""

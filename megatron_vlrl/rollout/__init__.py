@@ -1,0 +1,1 @@
+"""Prompts -> RolloutGroups, through an engine that holds the policy's weights."""

@@ -1,0 +1,1 @@
+"""The machine: device, processes, seeds; the only place that says "cuda"."""

@@ -1,0 +1,1 @@
+"""One file a task family: answer parser and reward; the visible table."""

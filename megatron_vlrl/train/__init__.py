@@ -1,0 +1,1 @@
+"""Microbatches -> updated weights."""
