@@ -29,3 +29,12 @@ class RolloutError(VLRLError):
 
 class TrainingError(VLRLError):
     """A step that cannot be taken, on every rank alike (non-finite values, no usable group)."""
+
+
+class SampleError(DataError):
+    """One sample that cannot be used: skipped, counted and named, until the budget of the run is spent."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(f"sample {key!r}: {reason}")
+        self.key = key
+        self.reason = reason

@@ -1,0 +1,63 @@
+"""The few collectives the host side needs, each over a `Group` that is passed in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from megatron_vlrl.parallel.groups import Group
+
+
+def barrier(group: Group) -> None:
+    """Wait for every process of the group."""
+    if group.size > 1:
+        dist.barrier(group=group.handle)
+
+
+def gather_objects(value: Any, group: Group) -> list[Any]:
+    """Every process's value, in rank order, on every process. For small host objects."""
+    if group.size == 1:
+        return [value]
+    out: list[Any] = [None] * group.size
+    dist.all_gather_object(out, value, group=group.handle)
+    return out
+
+
+def broadcast_object(value: Any, group: Group, source: int = 0) -> Any:
+    """The value of the process with group rank `source`, on every process."""
+    if group.size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, group=group.handle, group_src=source)
+    return box[0]
+
+
+def gather_rows(rows: NDArray[np.float64], group: Group) -> NDArray[np.float64]:
+    """Join float64[n_r, C] of every rank into float64[sum n_r, C], in rank order; counts may differ or be 0."""
+    if group.size == 1:
+        return rows
+    counts = torch.zeros(group.size, dtype=torch.int64)
+    counts[group.rank] = len(rows)
+    dist.all_reduce(counts, group=group.handle)
+    longest = int(counts.max())
+    mine = torch.zeros(longest, rows.shape[1], dtype=torch.float64)
+    mine[: len(rows)] = torch.from_numpy(np.ascontiguousarray(rows))
+    out = [torch.empty_like(mine) for _ in range(group.size)]
+    dist.all_gather(out, mine, group=group.handle)
+    return np.concatenate([part[:count].numpy() for part, count in zip(out, counts.tolist(), strict=True)])
+
+
+def sum_over(values: NDArray[np.float64], group: Group) -> NDArray[np.float64]:
+    """Element-wise sum over the group, float64, added in rank order so that it is the same on every rank and run."""
+    if group.size == 1:
+        return values
+    return gather_rows(values[None], group).sum(axis=0)
+
+
+def agree(ok: bool, group: Group) -> bool:
+    """Whether every process of the group says True."""
+    return bool(sum_over(np.array([0.0 if ok else 1.0]), group)[0] == 0)
