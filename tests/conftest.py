@@ -1,4 +1,4 @@
-"""What every test shares: one thread and no network for numerics' sake, and an honest last word on what was not checked."""
+"""What every test shares: one thread, no network, and an honest last word on what was not checked."""
 
 from __future__ import annotations
 

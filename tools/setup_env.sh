@@ -71,7 +71,7 @@ make_venv() {
 }
 
 pip_install() {
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$constraints" "$@" </dev/null ||
+    "$venv/bin/python" -m pip install -qq --disable-pip-version-check --constraint "$constraints" "$@" </dev/null ||
         fail "pip could not install: $*; its message is above"
 }
 
