@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TypeVar
 
 from megatron_vlrl.errors import ConfigError
+
+Entry = TypeVar("Entry")
 
 
 def unknown_name(name: str, known: Iterable[str], key: str) -> ConfigError:
@@ -18,11 +20,12 @@ def unknown_name(name: str, known: Iterable[str], key: str) -> ConfigError:
     return ConfigError(f"{key}: unknown {name!r}; {hint}known: {', '.join(choices) or 'none'}")
 
 
-def resolve_name(name: str, table: Mapping[str, Any], key: str) -> Any:
+def resolve_name(name: str, table: Mapping[str, Entry], key: str) -> Entry:
     """The entry `name` of `table`, or the object that a user's `package.module:object` names.
 
-    key: the setting that holds the name, for the message. Raises ConfigError for an unknown name, a module
-    that cannot be found, or an object that the module has not; an error inside the user's module is his to see.
+    key: the setting that holds the name, for the message. What kind of object a user's name gives is for the
+    caller to check. Raises ConfigError for an unknown name, a module that cannot be found, or an object that the
+    module has not; an error inside the user's module is his to see.
     """
     if name in table:
         return table[name]
@@ -38,4 +41,5 @@ def resolve_name(name: str, table: Mapping[str, Any], key: str) -> Any:
     if not hasattr(module, attribute):
         choices = [item for item in vars(module) if not item.startswith("_")]
         raise unknown_name(attribute, choices, f"{key}: in module {module_name}")
-    return getattr(module, attribute)
+    found: Entry = getattr(module, attribute)
+    return found
