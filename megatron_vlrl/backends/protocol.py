@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,10 +60,14 @@ class Backend(Protocol):
         """Accumulate the microbatches' gradients over the data group, clip, and update at learning rate `lr`."""
         ...
 
-    def save(self, folder: Path, extra: Mapping[str, Any]) -> None:
-        """Write weights, optimizer and random state as shards into an empty folder; `extra` is JSON-like, of rank 0."""
+    def save(self, folder: Path) -> None:
+        """Write weights, optimizer and random state as shards into an empty folder."""
         ...
 
-    def load(self, folder: Path) -> Mapping[str, Any]:
-        """Restore what `save` wrote and return its `extra`."""
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote; at another layout, all but the random state."""
+        ...
+
+    def close(self) -> None:
+        """Free the model and its process groups."""
         ...

@@ -1,0 +1,33 @@
+"""Whether a model can be cut as asked: said before anything is built, with every number that does not fit."""
+
+from __future__ import annotations
+
+from megatron_vlrl.errors import ConfigError
+from megatron_vlrl.models.qwen3_vl.config import Qwen3VLSpec
+from megatron_vlrl.parallel.dims import ParallelDims
+
+
+def check_layout(spec: Qwen3VLSpec, dims: ParallelDims) -> None:
+    """Raise ConfigError naming everything of the model that the degrees do not divide."""
+    divided = {
+        "attention heads": spec.text.heads,
+        "key/value heads": spec.text.kv_heads,
+        "feed-forward width": spec.text.ffn_size,
+        "vocabulary rows": spec.text.vocab_size,
+        "vision heads": spec.vision.heads,
+        "vision feed-forward width": spec.vision.ffn_size,
+    }
+    wrong = [f"{count} {name}" for name, count in divided.items() if count % dims.tensor]
+    problems = []
+    if wrong:
+        problems.append(
+            f"parallel.tensor={dims.tensor} does not divide {', '.join(wrong)}; use a divisor of all, "
+            "or pad the vocabulary rows of the model folder"
+        )
+    if spec.text.layers % dims.pipeline:
+        problems.append(
+            f"parallel.pipeline={dims.pipeline} does not divide {spec.text.layers} layers; "
+            f"use one of {[n for n in range(1, spec.text.layers + 1) if spec.text.layers % n == 0]}"
+        )
+    if problems:
+        raise ConfigError("; ".join(problems) + f" ({dims.product})")

@@ -1,0 +1,193 @@
+"""The megatron backend: Qwen3-VL spread by megatron-core over tensor, pipeline and data ranks, on CPU or CUDA."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_vlrl.backends import BackendOptions
+from megatron_vlrl.backends.layout import check_layout
+from megatron_vlrl.backends.megatron import cpu, state
+from megatron_vlrl.backends.megatron.configs import Precision, text_config, vision_config
+from megatron_vlrl.backends.megatron.groups import initialise
+from megatron_vlrl.backends.megatron.model import Qwen3VLStage
+from megatron_vlrl.backends.megatron.names import rules
+from megatron_vlrl.backends.megatron.optimizer import apply_update, build_optimizer, freeze
+from megatron_vlrl.backends.megatron.weights import WeightMap
+from megatron_vlrl.backends.protocol import TokenLoss, TokenScores, UpdateResult
+from megatron_vlrl.models.hf_files import HFWeights
+from megatron_vlrl.models.qwen3_vl.config import Qwen3VLSpec
+from megatron_vlrl.models.qwen3_vl.names import hf_shapes
+from megatron_vlrl.packing import Microbatch
+from megatron_vlrl.parallel.collectives import broadcast_object, sum_over
+from megatron_vlrl.parallel.dims import ParallelDims
+from megatron_vlrl.parallel.logprob import log_probs_and_entropies
+
+# What the loss function hands to megatron-core's schedule: loss, a token count that we do not use, and a report.
+_LossOutput = tuple[Tensor, Tensor, dict[str, Any]]
+
+
+class MegatronBackend:
+    """See `backends.protocol.Backend`."""
+
+    def __init__(self, options: BackendOptions) -> None:
+        """Build the model's stage on this rank, load its weights, make the optimizer; collective."""
+        cpu.install()
+        parallel, spec = options.parallel, Qwen3VLSpec.load(options.folder)
+        dims = ParallelDims(
+            tensor=parallel.tensor, pipeline=parallel.pipeline, data=parallel.data, sequence=parallel.sequence
+        )
+        check_layout(spec, dims)
+        self.options, self.spec = options, spec
+        self.groups, process_groups = initialise(dims, parallel.timeout_seconds)
+        tensor_parallel.model_parallel_cuda_manual_seed(options.seed)
+        precision = Precision(dtype=getattr(torch, options.model.dtype))
+        text = text_config(spec, dims, precision, parallel.recompute)
+        text.finalize_model_grads_func = _finalize_sums
+        with cpu.on_device():
+            self.stage = Qwen3VLStage(
+                spec,
+                text,
+                vision_config(spec, dims, precision),
+                process_groups,
+                first=self.groups.pipeline.rank == 0,
+                last=self.is_last_stage,
+            )
+            table = rules(spec)
+            self.weights = WeightMap.build(table, hf_shapes(spec), self.stage, self.groups)
+            self.weights.load(HFWeights(options.folder))
+            freeze(self.weights.parameters, table, options.model.freeze)
+            self.wrapped = DistributedDataParallel(
+                text, DistributedDataParallelConfig(grad_reduce_in_fp32=True), self.stage
+            )
+            bf16 = precision.dtype == torch.bfloat16
+            self.optimizer = build_optimizer(
+                self.wrapped, self.weights.parameters, table, options.optimizer, bf16=bf16
+            )
+        self._banned = self._local_columns(options.sampling.banned_token_ids)
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes logits."""
+        return self.groups.pipeline.rank == self.groups.pipeline.size - 1
+
+    def load_hf(self, folder: Path) -> None:
+        """Replace the weights; the optimizer's state stays."""
+        self.weights.load(HFWeights(folder))
+
+    def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors on every rank, in a fixed order."""
+        return self.weights.gather(lambda parameter: parameter)
+
+    def hf_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """The gradients that the last update used, before clipping."""
+        return self.weights.gather(lambda parameter: getattr(parameter, "main_grad", torch.zeros_like(parameter)))
+
+    def score(self, microbatches: Sequence[Microbatch]) -> list[TokenScores]:
+        """One forward pass without gradient."""
+
+        def report(batch: Microbatch, log_probs: Tensor, entropies: Tensor) -> _LossOutput:
+            scores = TokenScores(log_probs=log_probs.cpu(), entropies=entropies.cpu())
+            return log_probs.sum(), _ONE, {"scores": scores}
+
+        with torch.no_grad():
+            reports = self._run(microbatches, report, forward_only=True)
+        last = self.groups.pipeline.size - 1
+        scores: list[TokenScores] = broadcast_object([r["scores"] for r in reports], self.groups.pipeline, last)
+        return scores
+
+    def train_step(self, microbatches: Sequence[Microbatch], token_loss: TokenLoss, lr: float) -> UpdateResult:
+        """One update from the sum of the microbatches' losses over all data ranks."""
+
+        def loss(batch: Microbatch, log_probs: Tensor, entropies: Tensor) -> _LossOutput:
+            value, sums = token_loss(batch, log_probs, entropies)
+            return value, _ONE, {"loss": value.detach(), **sums}
+
+        self.wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        sums = self._total(self._run(microbatches, loss, forward_only=False))
+        if not math.isfinite(sums["loss"]):
+            return UpdateResult(sums=sums, grad_norm=math.nan, skipped="non-finite loss")
+        with cpu.on_device():
+            norm, updated = apply_update(self.optimizer, lr, self.options.optimizer.clip_norm)
+        return UpdateResult(sums=sums, grad_norm=norm, skipped=None if updated else "non-finite gradient")
+
+    def save(self, folder: Path) -> None:
+        """See `state.save`."""
+        with cpu.on_device():
+            state.save(folder, self.stage, self.optimizer, self.groups)
+
+    def load(self, folder: Path) -> None:
+        """See `state.load`."""
+        with cpu.on_device():
+            state.load(folder, self.stage, self.optimizer, self.groups)
+
+    def close(self) -> None:
+        """Give megatron-core's groups back."""
+        parallel_state.destroy_model_parallel()
+
+    def _run(self, microbatches: Sequence[Microbatch], loss: Any, *, forward_only: bool) -> list[dict[str, Any]]:
+        """megatron-core's schedule over the microbatches; what `loss` reported, on the last stage only."""
+
+        def forward(batches: Iterator[Microbatch], model: Any) -> tuple[Tensor, Any]:
+            batch = next(batches)
+            logits = model(batch)
+
+            def finish(logits: Tensor) -> _LossOutput:
+                log_probs, entropies = log_probs_and_entropies(
+                    logits[0],
+                    batch.source,
+                    batch.target_ids,
+                    banned=self._banned,
+                    temperature=self.options.sampling.temperature or 1.0,
+                    group=self.groups.tensor,
+                )
+                output: _LossOutput = loss(batch, log_probs, entropies)
+                return output
+
+            return logits, finish
+
+        with cpu.on_device():
+            reports: list[dict[str, Any]] = get_forward_backward_func()(
+                forward_step_func=forward,
+                data_iterator=iter(microbatches),
+                model=self.wrapped,
+                num_microbatches=len(microbatches),
+                seq_length=1,  # real lengths are sent between stages (variable_seq_lengths)
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
+        return reports
+
+    def _total(self, reports: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+        """Sums of the reports over microbatches and data ranks, on every rank."""
+        totals = None
+        if self.is_last_stage:
+            names = list(reports[0])
+            local = np.array([sum(float(report[name]) for report in reports) for name in names])
+            totals = dict(zip(names, sum_over(local, self.groups.data).tolist(), strict=True))
+        result: dict[str, float] = broadcast_object(totals, self.groups.pipeline, self.groups.pipeline.size - 1)
+        return result
+
+    def _local_columns(self, ids: Sequence[int]) -> Tensor:
+        """Places of global token ids in this rank's slice of the vocabulary."""
+        width = self.spec.text.vocab_size // self.groups.tensor.size
+        start = self.groups.tensor.rank * width
+        return torch.tensor([i - start for i in ids if start <= i < start + width], dtype=torch.int64)
+
+
+_ONE = torch.tensor(1, dtype=torch.int)
+
+
+def _finalize_sums(model: Any, _num_tokens: Tensor | None, **kwargs: Any) -> None:
+    """Reduce gradients without dividing by a token count: the loss carries its own denominators."""
+    finalize_model_grads(model, None, **kwargs)

@@ -1,0 +1,79 @@
+"""What megatron-core 0.16 needs to run without CUDA: four small shims, inert where CUDA exists.
+
+S1 `torch.cuda.current_device()` is called throughout: it answers the CPU device.
+S2 `device="cuda"` literals, `.cuda()` and 'torch.cuda.FloatTensor' type names: a TorchFunctionMode, entered
+   around model build, forward-backward and optimizer step only (`on_device`).
+S3 the CUDA random-state tracker: a subclass over the CPU generator.
+S4 `torch.cuda.synchronize()`: does nothing.
+Each has a canary test that fails when megatron-core no longer needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import megatron.core.tensor_parallel.random as mcore_random
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+
+
+def _names_cuda(device: Any) -> bool:
+    return device is not None and not isinstance(device, int) and torch.device(device).type == "cuda"
+
+
+class CudaLiteralsToCpu(TorchFunctionMode):
+    """S2: tensors asked for on "cuda" are made on the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Redirect the call; everything else passes through."""
+        kwargs = kwargs or {}
+        if _names_cuda(kwargs.get("device")):
+            kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"} | {"device": _CPU}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        return func(*args, **kwargs)
+
+
+class CpuRngTracker(mcore_random.CudaRNGStatesTracker):
+    """S3: named random states over the CPU generator."""
+
+    def add(self, name: str, seed: int) -> None:
+        """Start the state `name` from `seed`."""
+        self._is_initialized = True
+        if seed in self.seeds_ or name in self.states_:
+            raise ValueError(f"random state {name!r} or seed {seed} exists already")
+        self.seeds_.add(seed)
+        self.states_[name] = torch.Generator().manual_seed(seed).get_state()
+
+    @contextmanager
+    def fork(self, name: str = mcore_random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
+        """Draw from the state `name` inside the block."""
+        outer = torch.get_rng_state()
+        torch.set_rng_state(self.states_[name])
+        try:
+            yield
+        finally:
+            self.states_[name] = torch.get_rng_state()
+            torch.set_rng_state(outer)
+
+
+def install() -> None:
+    """Put S1, S3 and S4 in place; nothing happens where CUDA exists. May be called again."""
+    if torch.cuda.is_available():
+        return
+    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
+    torch.cuda.synchronize = lambda *_args, **_kwargs: None
+    mcore_random.CudaRNGStatesTracker = CpuRngTracker
+    mcore_random._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
+    mcore_random._set_cuda_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)
+
+
+def on_device() -> AbstractContextManager[Any]:
+    """The block in which megatron-core may build, run and update the model: S2 on a CPU, nothing elsewhere."""
+    return nullcontext() if torch.cuda.is_available() else CudaLiteralsToCpu()

@@ -1,0 +1,107 @@
+"""AdamW through megatron-core: freezing and learning-rate factors by Hugging Face name, clipping, the non-finite guard."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
+from torch import nn
+
+from megatron_vlrl.backends.megatron.names import Rule
+from megatron_vlrl.config.schema import OptimizerConfig
+from megatron_vlrl.errors import ConfigError
+
+
+def match_names(globs: Iterable[str], rules: Sequence[Rule], *, key: str) -> dict[str, str]:
+    """Local parameter name -> the last glob that matches it. A glob that matches nothing is an error, and so is
+    one that matches a part of a merged parameter (q, k and v are one matrix here)."""
+    matched: dict[str, str] = {}
+    for glob in globs:
+        found = False
+        for rule in rules:
+            hits = [name for name in rule.hf if fnmatchcase(name, glob)]
+            if hits and len(hits) < len(rule.hf):
+                raise ConfigError(
+                    f"{key}: {glob!r} matches {hits} but not all of {list(rule.hf)}, which are one parameter in this "
+                    "backend; match all of them or none"
+                )
+            if hits:
+                matched[rule.local] = glob
+                found = True
+        if not found:
+            raise ConfigError(
+                f"{key}: {glob!r} matches no parameter; names look like {rules[0].hf[0]!r}, {rules[-1].hf[0]!r}"
+            )
+    return matched
+
+
+def freeze(parameters: Mapping[str, nn.Parameter], rules: Sequence[Rule], globs: Sequence[str]) -> None:
+    """Take the matching parameters out of training."""
+    for name in match_names(globs, rules, key="model.freeze"):
+        if name in parameters:
+            parameters[name].requires_grad_(False)
+
+
+def build_optimizer(
+    wrapped: DistributedDataParallel,
+    parameters: Mapping[str, nn.Parameter],
+    rules: Sequence[Rule],
+    config: OptimizerConfig,
+    *,
+    bf16: bool,
+) -> MegatronOptimizer:
+    """megatron-core's optimizer; each group's `lr_mult` is its factor on the learning rate of the step.
+
+    `lr_mult` is among the keys by which megatron-core tells groups apart when it loads a checkpoint; `max_lr` is not.
+    """
+    matched = match_names(config.lr_scale, rules, key="optimizer.lr_scale")
+    factors = {id(parameters[name]): config.lr_scale[glob] for name, glob in matched.items() if name in parameters}
+
+    def key(factor: float) -> ParamKey:
+        predicate = ParamPredicate(name=f"lr_x{factor}", fn=lambda param: factors.get(id(param), 1.0) == factor)
+        return ParamKey(predicate=predicate)
+
+    unscaled_decay = ParamKey(predicate=ParamPredicate(name="vector", fn=lambda param: param.dim() == 1))
+    overrides: dict[ParamKey, ParamGroupOverride] = {unscaled_decay: ParamGroupOverride(wd_mult=0.0)}
+    for factor in sorted(set(config.lr_scale.values()) - {1.0}):
+        overrides[key(factor)] = {"lr_mult": factor}  # type: ignore[typeddict-unknown-key]
+    options = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=1.0,
+        adam_beta1=config.betas[0],
+        adam_beta2=config.betas[1],
+        adam_eps=config.eps,
+        weight_decay=config.weight_decay,
+        clip_grad=config.clip_norm,
+        bf16=bf16,
+    )
+    optimizer = get_megatron_optimizer(options, [wrapped], config_overrides=overrides)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = config.weight_decay * group["wd_mult"]
+    return optimizer
+
+
+def apply_update(optimizer: MegatronOptimizer, lr: float, clip_norm: float) -> tuple[float, bool]:
+    """Clip and update at `lr`. Returns (gradient norm over the whole model, whether it was finite).
+
+    A non-finite norm leaves weights and optimizer untouched: the norm is the same on every rank, so all skip together.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_mult"]
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(norm):
+        return norm, False
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if part.get_parameters():
+            clip_grad_by_total_norm_fp32(part.get_parameters(), clip_norm, norm)
+    optimizer.step_with_ready_grads()
+    return norm, True

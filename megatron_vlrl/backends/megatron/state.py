@@ -1,0 +1,90 @@
+"""Weights, optimizer and random state as shards of a checkpoint, through megatron-core's dist_checkpointing."""
+
+from __future__ import annotations
+
+import random
+from multiprocessing import get_context
+from multiprocessing.managers import SyncManager
+from pathlib import Path
+from typing import Any
+
+import megatron.core.dist_checkpointing.strategies.filesystem_async as mcore_writer
+import numpy as np
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch import nn
+
+from megatron_vlrl.parallel.groups import ProcessGroups
+from megatron_vlrl.runtime.children import die_with_parent
+
+
+def save(folder: Path, stage: nn.Module, optimizer: MegatronOptimizer, groups: ProcessGroups) -> None:
+    """Write this rank's shards into `folder`; collective."""
+    _prepare_writer()
+    state = _shards(stage, optimizer, loading=False)
+    state["random"] = _random_shard(_random_state(), groups)
+    state["layout"] = _layout(groups)
+    dist_checkpointing.save(state, str(folder))
+
+
+def load(folder: Path, stage: nn.Module, optimizer: MegatronOptimizer, groups: ProcessGroups) -> None:
+    """Restore what `save` wrote. The random state is restored at the same layout only: it belongs to ranks."""
+    same_layout = dist_checkpointing.load_common_state_dict(str(folder))["layout"] == _layout(groups)
+    state = _shards(stage, optimizer, loading=True)
+    if same_layout:
+        state["random"] = _random_shard(None, groups)
+    loaded = dist_checkpointing.load(state, str(folder))
+    stage.load_state_dict(loaded["model"])
+    with torch.no_grad():
+        optimizer.load_state_dict(loaded["optimizer"])
+    if same_layout:
+        _set_random_state(loaded["random"])
+
+
+def _shards(stage: nn.Module, optimizer: MegatronOptimizer, *, loading: bool) -> dict[str, Any]:
+    model = stage.sharded_state_dict()
+    return {"model": model, "optimizer": optimizer.sharded_state_dict(model, is_loading=loading)}
+
+
+def _layout(groups: ProcessGroups) -> list[int]:
+    return [groups.dims.tensor, groups.dims.pipeline, groups.dims.data, int(groups.dims.sequence)]
+
+
+def _random_shard(state: dict[str, Any] | None, groups: ProcessGroups) -> ShardedObject:
+    dims = groups.dims
+    place = (groups.pipeline.rank, groups.tensor.rank, groups.data.rank)
+    return ShardedObject("random_state", state, (dims.pipeline, dims.tensor, dims.data), place, replica_id=0)
+
+
+def _random_state() -> dict[str, Any]:
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        # As plain numbers: a checkpoint is read without unpickling arbitrary objects.
+        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+        "tracker": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+def _prepare_writer() -> None:
+    """Start megatron-core's result queue ourselves, in a process that ends with this one.
+
+    Its own (filesystem_async.py:55) outlives a killed rank and keeps 280 MB each time.
+    """
+    if mcore_writer._results_queue is None:
+        manager = SyncManager(ctx=get_context("spawn"))
+        manager.start(initializer=die_with_parent)
+        mcore_writer._results_queue = manager.Queue()
+        mcore_writer._results_manager = manager  # type: ignore[attr-defined]  # ends when it is collected

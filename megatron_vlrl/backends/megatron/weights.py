@@ -1,0 +1,139 @@
+"""Weights and gradients of a parallel model by Hugging Face name: in from a folder, out gathered in bounded buckets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_vlrl.backends.megatron.names import Rule
+from megatron_vlrl.errors import ModelError
+from megatron_vlrl.models.hf_files import HFWeights
+from megatron_vlrl.parallel.collectives import gather_objects
+from megatron_vlrl.parallel.groups import Group, ProcessGroups
+
+BUCKET_BYTES = 64 * 2**20
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def parameters_by_global_name(stage: nn.Module) -> dict[str, nn.Parameter]:
+    """This rank's parameters by the names they have in the whole model, where layers are numbered through all stages."""
+    prefix = "language_model.decoder.layers."
+    layers = stage.language_model.decoder.layers
+    named = {}
+    for name, parameter in stage.named_parameters():
+        if name.startswith(prefix):
+            index, rest = name.removeprefix(prefix).split(".", 1)
+            name = f"{prefix}{layers[int(index)].layer_number - 1}.{rest}"
+        named[name] = parameter
+    return named
+
+
+@dataclass(frozen=True, slots=True)
+class WeightMap:
+    """The rules, the shapes of the Hugging Face tensors, and which pipeline stage holds each parameter first."""
+
+    rules: tuple[Rule, ...]
+    shapes: Shapes
+    parameters: Mapping[str, nn.Parameter]
+    owner: Mapping[str, int]
+    groups: ProcessGroups
+
+    @classmethod
+    def build(cls, rules: Sequence[Rule], shapes: Shapes, stage: nn.Module, groups: ProcessGroups) -> WeightMap:
+        """Find the owners; collective over the pipeline group."""
+        parameters = parameters_by_global_name(stage)
+        held = gather_objects(sorted(parameters), groups.pipeline)
+        owner = {name: rank for rank, names in reversed(list(enumerate(held))) for name in names}
+        known = {rule.local for rule in rules} | {"language_model.output_layer.weight"}  # the tied copy has no rule
+        strange = sorted(set(owner) - known) + sorted(rule.local for rule in rules if rule.local not in owner)
+        if strange:
+            raise ModelError(f"parameters and the name table disagree on {strange}")
+        return cls(tuple(rules), shapes, parameters, owner, groups)
+
+    def load(self, weights: HFWeights) -> None:
+        """Copy this rank's shards out of a Hugging Face folder."""
+        check_complete(weights, self.shapes)
+        tensor = self.groups.tensor
+        by_local = {rule.local: rule for rule in self.rules}
+        if "language_model.output_layer.weight" in self.parameters:
+            tied = by_local["language_model.embedding.word_embeddings.weight"]
+            by_local.setdefault("language_model.output_layer.weight", tied)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                rule = by_local[name]
+                whole = [weights.get(hf) for hf in rule.hf]
+                parameter.copy_(rule.layout.shard(whole, tensor.rank, tensor.size))
+
+    def gather(self, pick: Callable[[nn.Parameter], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, whole tensor on the host) of `pick(parameter)`, on every rank; collective."""
+        for owner, bucket in self._buckets():
+            yield from self._gather_bucket(owner, bucket, pick)
+
+    def _buckets(self) -> Iterator[tuple[int, list[Rule]]]:
+        """Runs of rules with one owner, each below BUCKET_BYTES of float32."""
+        bucket: list[Rule] = []
+        size = 0
+        for rule in self.rules:
+            nbytes = 4 * sum(_numel(self.shapes[name]) for name in rule.hf)
+            if bucket and (self.owner[bucket[0].local] != self.owner[rule.local] or size + nbytes > BUCKET_BYTES):
+                yield self.owner[bucket[0].local], bucket
+                bucket, size = [], 0
+            bucket.append(rule)
+            size += nbytes
+        if bucket:
+            yield self.owner[bucket[0].local], bucket
+
+    def _gather_bucket(
+        self, owner: int, bucket: Sequence[Rule], pick: Callable[[nn.Parameter], Tensor]
+    ) -> Iterator[tuple[str, Tensor]]:
+        tensor, pipeline = self.groups.tensor, self.groups.pipeline
+        local_shapes = [self._local_shape(rule) for rule in bucket]
+        sizes = [_numel(shape) for shape in local_shapes]
+        if pipeline.rank == owner:
+            flat = torch.cat([pick(self.parameters[rule.local]).detach().flatten() for rule in bucket])
+            shards = _all_gather(flat, tensor)
+        else:
+            sample = pick(next(iter(self.parameters.values())))
+            shards = [torch.empty(sum(sizes), dtype=sample.dtype, device=sample.device) for _ in range(tensor.size)]
+        for shard in shards if pipeline.size > 1 else []:
+            dist.broadcast(shard, group=pipeline.handle, group_src=owner)
+        split = [shard.cpu().split(sizes) for shard in shards]
+        for index, (rule, shape) in enumerate(zip(bucket, local_shapes, strict=True)):
+            parts = [pieces[index].view(shape) for pieces in split]
+            whole = rule.layout.join(parts, [self.shapes[name] for name in rule.hf])
+            yield from zip(rule.hf, (part.contiguous() for part in whole), strict=True)
+
+    def _local_shape(self, rule: Rule) -> tuple[int, ...]:
+        """Shape of one rank's shard, without its data."""
+        whole = [torch.empty(self.shapes[name], device="meta") for name in rule.hf]
+        return tuple(rule.layout.shard(whole, 0, self.groups.tensor.size).shape)
+
+
+def check_complete(weights: HFWeights, shapes: Shapes) -> None:
+    """Raise ModelError listing every missing, extra or misshapen tensor."""
+    names = set(weights.names)
+    missing = sorted(set(shapes) - names)
+    extra = sorted(names - set(shapes))
+    wrong = [
+        f"{name} is {list(weights.shape(name))}, expected {list(shapes[name])}"
+        for name in sorted(names & set(shapes))
+        if tuple(weights.shape(name)) != tuple(shapes[name])
+    ]
+    if missing or extra or wrong:
+        raise ModelError(f"the weights do not fit the config: missing {missing}; extra {extra}; misshapen {wrong}")
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _all_gather(flat: Tensor, group: Group) -> list[Tensor]:
+    if group.size == 1:
+        return [flat]
+    shards = [torch.empty_like(flat) for _ in range(group.size)]
+    dist.all_gather(shards, flat, group=group.handle)
+    return shards
