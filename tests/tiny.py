@@ -143,7 +143,7 @@ def sample(
     task: str = "count",
     answer: Any = "3",
 ) -> Sample:
-    """A sample with drawn PNGs, distinct for every position. `images`: how many of `size`, or each one's (width, height)."""
+    """A sample with drawn PNGs, distinct for every position. `images`: how many of `size`, or each (width, height)."""
     sizes = [size] * images if isinstance(images, int) else list(images)
     return Sample(
         key=f"{task}-{position}",

@@ -79,7 +79,7 @@ class _Finder:
 def install() -> None:
     """Put the finder before the standard ones, once."""
     if not any(getattr(entry, "__qualname__", "") == _Finder.__qualname__ for entry in sys.meta_path):
-        sys.meta_path.insert(0, _Finder)  # type: ignore[arg-type]
+        sys.meta_path.insert(0, _Finder)
 
 
 install()

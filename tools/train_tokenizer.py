@@ -85,7 +85,7 @@ def _merges(pieces: list[Any]) -> list[tuple[str, str]]:
     """
     learned = [piece for piece in pieces if piece.type == NORMAL_PIECE]
     known = {piece.piece for piece in learned}
-    merges = []
+    merges: list[tuple[str, str]] = []
     for piece in (p.piece for p in sorted(learned, key=lambda p: -p.score)):
         splits = ((piece[:k], piece[k:]) for k in range(1, len(piece)))
         merges.extend((left, right) for left, right in splits if left in known and right in known)
@@ -97,7 +97,7 @@ def to_backend(model: bytes) -> Tokenizer:
     from sentencepiece import sentencepiece_model_pb2
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at import
     proto.ParseFromString(model)
     pieces = list(proto.pieces)
     vocab = {piece.piece: index for index, piece in enumerate(pieces)}
