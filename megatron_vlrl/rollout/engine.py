@@ -17,7 +17,10 @@ class Engine(Protocol):
     needs_weights: bool  # False: answers do not come from the policy, so nothing has to be handed over
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[RolloutGroup]:
-        """One group for each prompt, in order. A response's draw depends on the seed, the prompt's position and its number alone."""
+        """One group for each prompt, in order.
+
+        A response's draw depends on the seed, the prompt's position and the response's number alone.
+        """
         ...
 
     def update_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
