@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ def test_image_may_begin_or_end_the_prompt(model: tuple) -> None:
 
 
 @pytest.mark.parametrize("ids_of", [lambda i: [9, i, i, i, 9], lambda i: [9, i, i, 9, i, i, 9]])
-def test_image_tokens_that_do_not_fit_the_grids_are_refused(model: tuple, ids_of: object) -> None:
+def test_image_tokens_that_do_not_fit_the_grids_are_refused(model: tuple, ids_of: Callable[[int], list[int]]) -> None:
     _, spec = model
     with pytest.raises(ValueError, match="image tokens"):
         geometry.mrope_positions(ids_of(spec.image_token_id), [(1, 4, 4)], spec)

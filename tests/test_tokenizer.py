@@ -106,16 +106,8 @@ def test_special_tokens_and_tags_are_single(tokenizer: PreTrainedTokenizerFast) 
 
 def test_command_line_writes_a_loadable_folder(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("\n".join(LINES))
-    command = [
-        sys.executable,
-        "tools/train_tokenizer.py",
-        "--text",
-        tmp_path / "text",
-        "--vocab",
-        "352",
-        "--out",
-        tmp_path / "out",
-    ]
+    options = ["--text", str(tmp_path / "text"), "--vocab", "352", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "tools/train_tokenizer.py", *options]
     subprocess.run(command, cwd=ROOT, check=True)
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
 
