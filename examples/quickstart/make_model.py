@@ -147,6 +147,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     count = make_model(args.data, args.out, args.seed)
     print(f"Qwen3-VL with {count / 1e6:.2f} M parameters written to {args.out}")
 
