@@ -167,7 +167,7 @@ class CheckpointStore:
         return found
 
     def _clean_and_list(self) -> list[Path]:
-        """Delete what an interrupted save left; the finished ones, newest first, unreadable ones (to warn of) before."""
+        """Delete what an interrupted save left; the finished ones, unreadable before readable, then newest first."""
         for path in self.folder.iterdir() if self.folder.is_dir() else ():
             if _UNFINISHED.fullmatch(path.name):
                 shutil.rmtree(path, ignore_errors=True)
