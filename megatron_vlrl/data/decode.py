@@ -12,7 +12,7 @@ import struct
 import zlib
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from megatron_vlrl.errors import SampleError
 
@@ -56,6 +56,10 @@ def decode_image(data: bytes, key: str) -> Image.Image:
                 raise SampleError(key, f"image of {width}x{height} pixels is over the limit of {MAX_PIXELS} pixels")
             image.load()
             return _rgb(image)
+    except UnidentifiedImageError as error:  # Pillow's text names a memory address, which no two runs share
+        raise SampleError(
+            key, f"image of {len(data)} bytes cannot be decoded: no whole header of a PNG, JPEG or WebP"
+        ) from error
     except _DAMAGE as error:
         raise SampleError(key, f"image of {len(data)} bytes cannot be decoded: {error}") from error
 

@@ -61,7 +61,10 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        try:
+            self._tar.close()
+        finally:
+            self._file.close()
 
     def add(self, row: Row, images: Sequence[tuple[str, bytes]]) -> tuple[int, int]:
         """Append a sample; `images` are (suffix, encoded bytes). Returns offset and size in bytes, headers included."""
