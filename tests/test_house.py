@@ -73,6 +73,22 @@ def test_import_contract_bites(tree, contract, file, line):
     assert contract in broken, output
 
 
+def test_import_contracts_leave_each_package_its_place(tree):
+    places = {
+        "rollout/engines": "vllm",
+        "backends/neuron": "torch_xla",
+        "parallel": "megatron.core",
+        "packing": "torch",
+    }
+    for folder, package in places.items():
+        path = tree / "megatron_vlrl" / folder
+        path.mkdir(exist_ok=True)
+        (path / "__init__.py").touch()
+        (path / "at_home.py").write_text(f"import {package}\n")
+    status, _, output = lint_imports(tree)
+    assert status == 0, output
+
+
 def test_every_contract_is_broken_on_purpose():
     named = {contract["name"] for contract in SETTINGS["tool"]["importlinter"]["contracts"]}
     assert named == {contract for contract, _, _ in VIOLATIONS}
