@@ -198,7 +198,7 @@ def test_thin_and_smooth_keep_the_mean() -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [[1.0], [2.0, 2.0], [0.0, 0.0], [None, 1.0, None, 3.0], [1e300, 1.0, 2.0], [-1e-300, 1e-300]]
+    "values", [[1.0], [2.0, 2.0], [0.0, 0.0], [None, 1.0, None, 3.0], [1.7e308, -1.7e308, 1.0, 2.0], [-1e-300, 1e-300]]
 )
 def test_charts_of_awkward_values_have_finite_coordinates(values: list[float | None]) -> None:
     chart = line_chart("<t>", [Series(name="<s>", points=list(enumerate(values)))])

@@ -117,9 +117,10 @@ def _draw(series: Series, index: int, x_span: Point, y_span: Point) -> str:
     if series.dots or len(known) == 1:
         places = (_place(x, y, x_span, y_span) for x, y in known)
         return "".join(f'<circle class="dot" {colour} cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>' for x, y in places)
+    known = thin(known, _MOST_POINTS)
     curves = [("line", known)]
     if len(known) >= _SMOOTH_FROM:
-        curves = [("raw", known), ("line", smooth(known, len(known) // 30))]
+        curves = [("raw", known), ("line", smooth(known, len(known) // _SMOOTH_FROM))]
     dashed = " dashed" if index >= COLOURS else ""
     return "".join(
         f'<polyline class="{kind}{dashed}" {colour} points="{_path(points, x_span, y_span)}"/>'
@@ -128,7 +129,7 @@ def _draw(series: Series, index: int, x_span: Point, y_span: Point) -> str:
 
 
 def _path(points: Sequence[Point], x_span: Point, y_span: Point) -> str:
-    places = (_place(x, y, x_span, y_span) for x, y in thin(points, _MOST_POINTS))
+    places = (_place(x, y, x_span, y_span) for x, y in points)
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
 
 
