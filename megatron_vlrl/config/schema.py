@@ -72,9 +72,8 @@ class RewardConfig:
 
     format_weight: float = 0.1
     length_weight: float = 0.0
-    length_bands: Mapping[str, tuple[float, float, float, float]] = field(
-        default_factory=dict
-    )  # task -> min, low, high, max tokens
+    # task -> min, low, high, max tokens
+    length_bands: Mapping[str, tuple[float, float, float, float]] = field(default_factory=dict)
     length_unit: Literal["token", "char"] = "token"
     length_only_if_correct: bool = False
 
@@ -127,9 +126,8 @@ class OptimizerConfig:
     warmup_steps: int = 0
     decay: Literal["constant", "linear", "cosine"] = "linear"
     final_ratio: float = 0.1  # of lr, reached at train.steps
-    lr_scale: Mapping[str, float] = field(
-        default_factory=dict
-    )  # glob over Hugging Face names -> factor; the last match counts
+    # glob over Hugging Face names -> factor; the last match counts
+    lr_scale: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
