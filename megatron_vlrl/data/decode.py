@@ -19,7 +19,8 @@ from megatron_vlrl.errors import SampleError
 MAX_PIXELS = 1 << 26  # 67 million: more than any camera's picture, less than 200 MB decoded
 FORMATS = ("PNG", "JPEG", "WEBP")
 
-# What Pillow raises on damaged bytes of these formats (tests/test_data_decode.py flips and cuts them).
+# What Pillow raises on damaged bytes: the first three and bombs were seen when bytes were flipped and cut
+# (tests/test_data_decode.py), the others come from its parsers of rarer chunks.
 _DAMAGE = (
     OSError,
     SyntaxError,
