@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,67 @@ def test_setup_env_refuses_an_unknown_option():
     result = run("bash", "tools/setup_env.sh", "--gpu")
     assert result.returncode == 2
     assert "unknown option --gpu" in result.stderr
+
+
+FAKE_PYTHON = """#!/bin/sh
+echo "$*" >> "{log}"
+case "$*" in
+    *sysconfig*) echo "{site}" ;;
+    *pip*"{refused}"*) echo "no such version" >&2; exit 1 ;;
+esac
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of what setup_env.sh reads, beside an environment whose python writes down what it is asked to do."""
+    for path in ("setup.py", "constraints.txt", "tools/setup_env.sh", "tools/torchvision_cpu.py"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / path, tmp_path / path)
+    fake_python(tmp_path)
+    return tmp_path
+
+
+def fake_python(checkout: Path, refused: str = "nothing") -> None:
+    python = checkout / ".venv/bin/python"
+    python.parent.mkdir(parents=True, exist_ok=True)
+    python.write_text(FAKE_PYTHON.format(log=checkout / "log", site=checkout / ".venv", refused=refused))
+    python.chmod(0o755)
+
+
+def set_up(checkout: Path, *options: str) -> tuple[int, list[str]]:
+    """Exit status, and what pip was asked for, without its options."""
+    log = checkout / "log"
+    log.write_text("")
+    result = run("bash", checkout / "tools/setup_env.sh", *options)
+    wanted = [line for line in log.read_text().splitlines() if line.startswith("-m pip")]
+    assert all(f"--constraint {checkout}/constraints.txt " in line for line in wanted)
+    return result.returncode, [line.partition("constraints.txt ")[2] for line in wanted]
+
+
+def test_setup_env_installs_torch_first_and_nothing_when_nothing_changed(checkout):
+    status, wanted = set_up(checkout)
+    assert status == 0
+    package = f"--no-build-isolation --editable {checkout}[cpu,examples]"
+    assert wanted == ["setuptools torch", package, "--no-deps torchvision"]
+    assert (checkout / ".venv/torchvision_cpu.pth").read_text() == "import torchvision_cpu\n"
+    assert (checkout / ".venv/torchvision_cpu.py").read_text() == (ROOT / "tools/torchvision_cpu.py").read_text()
+    assert set_up(checkout) == (0, [])
+
+
+def test_setup_env_follows_a_changed_pin_and_a_wish_for_dev(checkout):
+    set_up(checkout)
+    assert len(set_up(checkout, "--dev")[1]) == 3
+    assert set_up(checkout) == (0, [])  # what has the dev tools has the rest
+    (checkout / "constraints.txt").write_text("torch==9.9\n")
+    assert len(set_up(checkout)[1]) == 3
+
+
+def test_setup_env_that_failed_is_not_taken_for_done(checkout):
+    fake_python(checkout, refused="--editable")
+    assert set_up(checkout)[0] == 1
+    fake_python(checkout)
+    assert len(set_up(checkout)[1]) == 3
 
 
 def test_links_between_documents_lead_somewhere():

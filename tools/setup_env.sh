@@ -84,7 +84,7 @@ install_torchvision_shim() {
 }
 
 verify() {
-    "$venv/bin/python" - <<'PYTHON' || fail "the environment was made but does not work; its message is above"
+    "$venv/bin/python" -W ignore - <<'PYTHON' || fail "the environment was made but does not work; its message is above"
 import megatron.core, torch, torchvision
 from transformers import Qwen3VLProcessor
 PYTHON
