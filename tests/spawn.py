@@ -16,7 +16,15 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-PRELOAD = ["torch", "torch.distributed", "numpy", "scipy.special"]
+# Imported once by the fork server: every rank is a fork of it.
+PRELOAD = [
+    "torch",
+    "torch.distributed",
+    "scipy.special",
+    "transformers.models.qwen3_vl.modeling_qwen3_vl",
+    "transformers.models.auto.tokenization_auto",
+    "megatron_vlrl.backends.megatron.backend",
+]
 
 
 def _rank_main(fn: Callable[..., Any], args: tuple[Any, ...], rank: int, world: int, folder: str) -> None:

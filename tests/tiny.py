@@ -89,7 +89,7 @@ def _roughen(model: Qwen3VLForConditionalGeneration, seed: int) -> None:
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
             if weight.ndim >= 2:
-                weight.copy_(noise * (0.5 if "embed" in name else weight[0].numel() ** -0.5))
+                weight.copy_(noise * (0.2 if "embed" in name else weight[0].numel() ** -0.5))
             elif name.endswith("bias"):
                 weight.copy_(0.1 * noise)
             else:

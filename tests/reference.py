@@ -1,0 +1,171 @@
+"""The same step computed by transformers on padded rows, one prompt copy for each response: what every layout must equal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_vlrl.backends import BackendOptions
+from megatron_vlrl.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_vlrl.models.qwen3_vl.render import Renderer
+from megatron_vlrl.packing import Microbatch, Targets, pack
+from megatron_vlrl.types import Rollout, RolloutGroup, Sampling
+from tests.tiny import sample
+
+IMAGES = [[(96, 64), (64, 96)], [], [(128, 64)], [(64, 64)], []]
+LENGTHS = [[5, 1, 9, 5], [4, 7, 2, 1], [6, 6, 3], [3, 8], [2, 5, 4, 4, 1]]
+MICROBATCHES = [[0, 1, 2], [3, 4]]
+CLIP = (0.8, 1.28)
+ENTROPY_WEIGHT = 0.05
+
+
+def make_groups(renderer: Renderer) -> list[RolloutGroup]:
+    """Five groups: two, no, one, one, no images; ragged responses, one of a single token, and equal first tokens."""
+    random = np.random.default_rng(3)
+    groups = []
+    for position, (images, lengths) in enumerate(zip(IMAGES, LENGTHS, strict=True)):
+        prompt = renderer.render(sample(position, images))
+        answers = [random.integers(20, 300, size=n).tolist() for n in lengths]
+        answers[1][0] = answers[0][0]
+        rollouts = tuple(
+            Rollout(
+                token_ids=tuple(ids),
+                log_probs=np.zeros(len(ids), np.float32),
+                text="",
+                finish_reason="stop",
+                weight_version=0,
+            )
+            for ids in answers
+        )
+        groups.append(RolloutGroup(prompt=prompt, rollouts=rollouts))
+    return groups
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Per-token log-probs and entropies of every response in order, the loss, and gradients by Hugging Face name."""
+
+    log_probs: Tensor
+    entropies: Tensor
+    old: Tensor
+    advantages: Tensor
+    weights: Tensor
+    loss: Tensor
+    loss_scale: Tensor
+    gradients: Mapping[str, Tensor]
+
+
+def objective(log_probs: Tensor, entropies: Tensor, old: Tensor, advantages: Tensor, weights: Tensor) -> Tensor:
+    """Each token's share of the loss: clipped ratio and an entropy term, weighted by global denominators."""
+    ratio = (log_probs - old).exp()
+    surrogate = torch.min(ratio * advantages, ratio.clamp(*CLIP) * advantages)
+    return weights * (-surrogate + ENTROPY_WEIGHT * entropies)
+
+
+def hf_reference(folder: Path, groups: Sequence[RolloutGroup], sampling: Sampling) -> Reference:
+    """Padded rows through Qwen3VLForConditionalGeneration in float64, positions from its own get_rope_index.
+
+    float64, so that what a layout is measured against has no rounding of its own.
+    """
+    from transformers import Qwen3VLForConditionalGeneration
+
+    model = Qwen3VLForConditionalGeneration.from_pretrained(folder, attn_implementation="sdpa").double().train()
+    rows = [(group.prompt, rollout) for group in groups for rollout in group.rollouts]
+    longest = max(len(prompt.token_ids) + len(rollout.token_ids) for prompt, rollout in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, (prompt, rollout) in enumerate(rows):
+        tokens = [*prompt.token_ids, *rollout.token_ids]
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        mask[row, : len(tokens)] = 1
+    types = (ids == model.config.image_token_id).int()
+    grids = torch.tensor([grid for prompt, _ in rows for grid in prompt.grids])
+    patches = torch.cat([torch.from_numpy(patch) for prompt, _ in rows for patch in prompt.patches]).double()
+    positions, _ = model.model.get_rope_index(ids, types, image_grid_thw=grids, attention_mask=mask)
+    logits = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        pixel_values=patches,
+        image_grid_thw=grids,
+        mm_token_type_ids=types,
+        use_cache=False,
+    ).logits
+    logits = logits / sampling.temperature
+    logits = logits.index_fill(2, torch.tensor(sampling.banned_token_ids), -1e30)
+    log_softmax = logits.log_softmax(-1)
+    picked, entropy = [], []
+    for row, (prompt, rollout) in enumerate(rows):
+        start = len(prompt.token_ids) - 1
+        part = log_softmax[row, start : start + len(rollout.token_ids)]
+        picked.append(part.gather(1, torch.tensor(rollout.token_ids)[:, None])[:, 0])
+        entropy.append(-(part.exp() * part).sum(-1))
+    log_probs, entropies = torch.cat(picked), torch.cat(entropy)
+    generator = torch.Generator().manual_seed(5)
+    old = (log_probs.detach() + 0.3 * torch.randn(log_probs.shape, generator=generator)).float()
+    advantages = torch.randn(len(rows), generator=generator).repeat_interleave(
+        torch.tensor([len(rollout.token_ids) for _, rollout in rows])
+    )
+    weights = (torch.rand(log_probs.shape, generator=generator) + 0.5) / len(log_probs)
+    shares = objective(log_probs, entropies, old, advantages, weights)
+    shares.sum().backward()
+    gradients = {
+        name: parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+        for name, parameter in model.named_parameters()
+    }
+    return Reference(
+        log_probs=log_probs.detach(),
+        entropies=entropies.detach(),
+        old=old,
+        advantages=advantages,
+        weights=weights,
+        loss=shares.detach().sum(),
+        loss_scale=shares.detach().abs().sum(),
+        gradients=gradients,
+    )
+
+
+def make_microbatches(
+    groups: Sequence[RolloutGroup], reference: Reference, cuts: Sequence[Sequence[int]], multiple: int
+) -> list[Microbatch]:
+    """Pack groups as `cuts` says and give each token its part of the reference's loss."""
+    sizes = [sum(len(rollout.token_ids) for rollout in group.rollouts) for group in groups]
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    batches = []
+    for cut in cuts:
+        places = torch.cat([torch.arange(starts[index], starts[index + 1]) for index in cut])
+        weights = reference.weights[places]
+        targets = Targets(
+            old_log_probs=reference.old[places],
+            advantages=reference.advantages[places],
+            weights=weights,
+            entropy_weights=ENTROPY_WEIGHT * weights,
+            task=torch.zeros(len(places), dtype=torch.long),
+        )
+        batches.append(pack([groups[index] for index in cut], multiple=multiple).with_targets(targets))
+    return batches
+
+
+def token_loss(batch: Microbatch, log_probs: Tensor, entropies: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """`objective` on a microbatch."""
+    targets = batch.targets
+    assert targets is not None
+    shares = objective(log_probs, entropies, targets.old_log_probs, targets.advantages, targets.weights)
+    return shares.sum(), {"tokens": torch.tensor(float(len(log_probs)))}
+
+
+def backend_options(folder: Path, sampling: Sampling, **parallel: object) -> BackendOptions:
+    """Options of a plain AdamW run at fp32."""
+    return BackendOptions(
+        folder=folder,
+        model=ModelConfig(path=str(folder)),
+        parallel=replace(ParallelConfig(), **parallel),
+        optimizer=OptimizerConfig(lr=1e-3, clip_norm=1e9),
+        sampling=sampling,
+        seed=0,
+    )
