@@ -244,6 +244,23 @@ def test_diverged_weights_are_an_error_not_a_response(
         engine.generate(prompts, sampling(renderer))
 
 
+def test_bfloat16_weights_give_float32_log_probs_near_the_exact_ones(
+    engine: TransformersEngine, folder: Path, renderer: Renderer, prompts: list[Prompt]
+) -> None:
+    half = TransformersEngine(folder, decode=renderer.decode, batch_prompts=64, dtype="bfloat16")
+    settings = sampling(renderer, n=8, stops=range(0, 384, 2))  # ends early: most draws then agree
+    pairs = [
+        (a.log_probs, b.log_probs)
+        for x, y in zip(engine.generate(prompts, settings), half.generate(prompts, settings), strict=True)
+        for a, b in zip(x.rollouts, y.rollouts, strict=True)
+        if a.token_ids == b.token_ids
+    ]
+    assert len(pairs) > 24
+    assert all(b.dtype == np.float32 for _, b in pairs)
+    gaps = np.concatenate([abs(a - b) for a, b in pairs])
+    assert 1e-4 < gaps.max() < 0.5
+
+
 def test_no_prompts_no_groups(engine: TransformersEngine, renderer: Renderer) -> None:
     assert engine.generate([], sampling(renderer)) == []
 

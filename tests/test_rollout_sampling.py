@@ -55,12 +55,32 @@ def test_a_token_without_probability_is_never_drawn(uniform: float) -> None:
     assert torch.equal(log_probs, torch.zeros(64))
 
 
+def test_the_largest_uniform_draws_the_last_possible_token_whatever_the_sum_rounds_to() -> None:
+    logits = torch.randn(5000, 40, generator=torch.Generator().manual_seed(2)) * 3
+    logits[:, 37:] = -torch.inf
+    totals = logits.softmax(-1).double().sum(-1)
+    assert (totals < 1).any()
+    assert (totals > 1).any()
+    tokens, _ = draw(logits, torch.full((5000,), JUST_BELOW_ONE, dtype=torch.float64), 1.0)
+    assert (tokens == 36).float().mean() > 0.99  # its own share of the sum may be below one rounding
+    assert tokens.max() == 36
+
+
 def test_the_last_token_of_a_large_vocabulary_can_be_drawn() -> None:
     logits = torch.zeros(1, 151_936)
     tokens, _ = draw(logits, torch.tensor([JUST_BELOW_ONE], dtype=torch.float64), 1.0)
     assert tokens.item() == 151_935
     middle, _ = draw(logits, torch.tensor([0.5], dtype=torch.float64), 1.0)
     assert abs(middle.item() - 151_936 / 2) <= 1
+
+
+def test_rare_tokens_behind_a_likely_one_keep_their_share() -> None:
+    rare = 1e-8
+    logits = torch.tensor([0.0, *[math.log(rare)] * 100_000])
+    wanted = torch.arange(10, 99_990, 997)
+    chance = (1 + rare * (wanted.double() + 0.5)) / (1 + rare * 100_000)
+    tokens, _ = draw(logits.expand(len(wanted), -1), chance, 1.0)
+    assert (tokens - 1 - wanted).abs().max() <= 3  # float32 steps near 1 hold 6 such tokens
 
 
 def test_temperature_zero_takes_the_largest_logit_with_the_log_prob_of_temperature_one() -> None:

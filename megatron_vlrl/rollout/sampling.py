@@ -38,13 +38,11 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, T
             "the policy's logits are not finite; its weights have diverged or were not handed over whole"
         )
     if temperature:
-        # float64 sums: the last of many float32 additions could lose the tail of a large vocabulary.
+        # float64 sums: near 1, float32 steps are larger than the probability of a rare token.
         cdf = log_probs.exp().double().cumsum(dim=-1)
-        total = cdf[:, -1:]
-        # Below the total even after rounding, and strictly right of equal values: a token of probability 0 adds
-        # nothing to the sum, so it is never the first entry above the target.
-        target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-        tokens = torch.searchsorted(cdf, target, right=True)
+        # Strictly right of equal values: a token of probability 0 adds nothing to the sum, so it is never the first
+        # entry above the target. There is one: uniform <= 1 - 2**-53, so its product with the total rounds below that.
+        tokens = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)
     else:
         tokens = logits.argmax(dim=-1, keepdim=True)
     return tokens[:, 0], log_probs.gather(1, tokens)[:, 0]

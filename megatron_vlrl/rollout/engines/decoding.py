@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -99,7 +100,7 @@ def respond(model: Qwen3VLForConditionalGeneration, prompts: Sequence[Prompt], s
     return out
 
 
-def _chances(prompts: Sequence[Prompt], sampling: Sampling) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _chances(prompts: Sequence[Prompt], sampling: Sampling) -> NDArray[np.float64]:
     """float64[N, max_new]: the uniform number behind every token."""
     return np.stack(
         [

@@ -102,16 +102,15 @@ class TransformersEngine:
 
 
 def _load(folder: Path, dtype: str) -> Qwen3VLForConditionalGeneration:
-    """The folder's model in evaluation mode, without gradients, leaving the global random state as it was."""
+    """The folder's model in evaluation mode, without gradients."""
     AttentionInterface.register(ATTENTION, grouped_query_attention)
-    with torch.random.fork_rng(devices=[]):
-        model, found = Qwen3VLForConditionalGeneration.from_pretrained(
-            folder,
-            dtype=getattr(torch, dtype),
-            attn_implementation={"text_config": ATTENTION, "vision_config": "sdpa"},
-            output_loading_info=True,
-            local_files_only=True,
-        )
+    model, found = Qwen3VLForConditionalGeneration.from_pretrained(
+        folder,
+        dtype=getattr(torch, dtype),
+        attn_implementation={"text_config": ATTENTION, "vision_config": "sdpa"},
+        output_loading_info=True,
+        local_files_only=True,
+    )
     lacking = sorted(found["missing_keys"])
     if lacking:  # transformers would fill them with random numbers
         raise ModelError(f"{folder} lacks {len(lacking)} weights of its model, the first {lacking[:5]}")
