@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -105,3 +109,32 @@ def test_a_world_of_one_has_a_process_group_while_the_block_runs():
         dist.all_reduce(value)
         assert (dist.get_world_size(), value.item()) == (1, 1.0)
     assert not dist.is_initialized()
+
+
+TASK = """
+import os, torch, torch.distributed as dist
+from megatron_vlrl.runtime.launch import world_from_env
+from megatron_vlrl.runtime.process import joined
+world = world_from_env(os.environ)
+with joined(world, timeout_seconds=60, threads=1):
+    rank = torch.tensor([world.rank])
+    dist.all_reduce(rank)
+    print(rank.item(), world.size)
+"""
+
+
+def test_tasks_of_srun_meet():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    here = {**SLURM, "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2", "MASTER_PORT": str(port)}
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, "-c", TASK],
+            env={**os.environ, **here, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    assert [task.communicate(timeout=60)[0] for task in tasks] == ["1 2\n", "1 2\n"]

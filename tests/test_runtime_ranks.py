@@ -76,6 +76,7 @@ def test_an_exception_ends_all_and_its_text_is_told(tmp_path, capfd):
     assert "ValueError" in failure.reason
     assert "boom" in failure.reason
     assert "Traceback" in failure.trace
+    assert failure.trace.strip() in (tmp_path / "logs/rank-1.log").read_text()
     assert "SIGTERM" not in capfd.readouterr().err  # torch's own account of stopping the others
 
 

@@ -7,6 +7,7 @@ shows the message. When one rank dies the others fail for lack of it: their erro
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -48,7 +49,8 @@ class RankFailure:
 
 
 def record(error: BaseException, *, expected: bool) -> bool:
-    """Leave the error for the launcher that started this process; False if none asked for it."""
+    """Log the error, and leave it for the launcher that started this process; False if none asked for it."""
+    logging.getLogger(__name__).info("this rank failed", exc_info=error)  # the screen is the launcher's to write on
     path = os.environ.get(ERROR_FILE)
     if not path:
         return False

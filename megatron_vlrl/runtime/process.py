@@ -19,10 +19,11 @@ from megatron_vlrl.runtime.launch import World
 def joined(world: World, *, timeout_seconds: float, threads: int) -> Iterator[None]:
     """Join torch's default process group, a world of one included, and leave it when the block ends well.
 
-    A collective that waits longer than `timeout_seconds` raises. After `kill -USR1 PID` the process writes every
-    thread's stack to its stderr. When the block fails the group is left to the end of the process: closing it
+    A collective that waits longer than `timeout_seconds` raises. A crash in native code, and `kill -USR1 PID`, write
+    every thread's stack to stderr. When the block fails the group is left to the end of the process: closing it
     waits for peers, while the end of the process tells them at once.
     """
+    faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     torch.set_num_threads(threads)
     device.claim_device(world.local_rank)

@@ -5,7 +5,6 @@ torch's own process launcher starts and watches them. Rank 0 keeps the terminal;
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import signal
@@ -16,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_vlrl.runtime.children import die_with_parent
 from megatron_vlrl.runtime.failure import Ending, RankFailure, first_cause, read_error
 from megatron_vlrl.runtime.launch import World, thread_environment
 from megatron_vlrl.runtime.logs import start_logging
@@ -28,7 +28,6 @@ LAUNCHER_PID = "MEGATRON_VLRL_LAUNCHER_PID"
 _HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _GRACE_SECONDS = 10  # for ranks to end after a signal, before SIGKILL
 _POLL_SECONDS = 0.1
-_PR_SET_PDEATHSIG = 1
 
 
 def run_ranks(command: Sequence[str], *, size: int, threads: int) -> RankFailure | None:
@@ -69,9 +68,11 @@ def run_ranks(command: Sequence[str], *, size: int, threads: int) -> RankFailure
 
 def adopt_rank(world: World, logs: Path) -> None:
     """Make this process the rank that it is: its log file, and an end with its launcher if `run_ranks` started it."""
-    launcher = os.environ.get(LAUNCHER_PID)
+    launcher = os.environ.pop(LAUNCHER_PID, None)  # not for processes that this one starts
     if launcher is not None:
-        _end_with_parent(int(launcher))
+        die_with_parent()  # however the launcher ends: ranks are in sessions of their own
+        if os.getppid() != int(launcher):
+            raise SystemExit(1)  # it ended before that line
     start_logging(logs, world.rank, redirect=launcher is not None and world.rank > 0)
 
 
@@ -120,11 +121,3 @@ def _quiet_launcher() -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.propagate = propagate
-
-
-def _end_with_parent(launcher: int) -> None:
-    """Have the system kill this process when its launcher dies in whatever way: it is in a session of its own."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != launcher:
-        raise SystemExit(1)  # it died before this line
