@@ -111,6 +111,13 @@ def test_all_uniform_is_all_zero() -> None:
         assert result.uniform.all()
 
 
+@pytest.mark.parametrize("size", [1, 3, 8, 1000])
+def test_one_tie_is_exactly_zero_so_that_no_norm_blows_it_up(size: int) -> None:
+    for scope in ("two_stage", "task", "group", "centered_task"):
+        values = _one_group([0.7] * size, scope=scope, uniform_group="keep", renorm="unit_std")
+        assert values.tolist() == [0.0] * size
+
+
 def test_a_uniform_group_can_be_kept_in_the_ranking() -> None:
     rewards, groups = [1.0] * 4 + [0.0] * 3 + [1.0], [0] * 4 + [1] * 4
     kept = advantages(rewards, [0] * 8, groups, uniform_group="keep")
@@ -164,7 +171,9 @@ def test_a_task_with_few_rows_keeps_its_scores_within_the_group() -> None:
     mixed = advantages(rewards, tasks, groups, min_task_n=5).values
     np.testing.assert_array_equal(mixed[:8], advantages(rewards, tasks, groups).values[:8])
     np.testing.assert_array_equal(mixed[8:], advantages(rewards, tasks, groups, scope="group").values[8:])
-    assert not np.array_equal(mixed[8:], advantages(rewards, tasks, groups).values[8:])
+    ranked = advantages(rewards, tasks, groups).values
+    assert not np.array_equal(mixed[8:], ranked[8:])
+    np.testing.assert_array_equal(advantages(rewards, tasks, groups, min_task_n=4).values, ranked)
 
 
 @pytest.mark.parametrize("scope", ["two_stage", "task", "group", "centered_task"])
@@ -210,6 +219,9 @@ def test_mistakes_in_options_are_named(kind: str, options: dict[str, object], pa
 
 def test_options_can_be_checked_before_the_first_step() -> None:
     check_options("g2rpo", {"scope": "task", "tie_tol": 1e-6})
+    check_options("tests.test_advantages:first_component", {"scale": 2.0})
+    with pytest.raises(ConfigError, match="did you mean 'group'"):
+        check_options("g2rpo", {"scope": "groups"})
     with pytest.raises(ConfigError, match="unknown 'components'"):
         check_options("g2rpo", {"components": "each"})
 

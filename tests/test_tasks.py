@@ -167,6 +167,10 @@ def test_overlap_counts_cells() -> None:
     assert parse_box("[0, 0, 3, 4]") == (0.0, 0.0, 3.0, 4.0)
 
 
+def test_an_integer_of_400_digits_is_no_number_for_a_box() -> None:
+    assert resolve("box").accuracy(f"[0, 0, {'9' * 400}, 5]", [1.5, 2.5, 4.5, 5.5], {}) == 0.0
+
+
 def half(answer: str, gold: object, meta: object) -> float:
     """A user's verifier."""
     return 0.5

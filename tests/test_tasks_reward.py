@@ -85,6 +85,10 @@ def _too_much(answer: str, gold: object, meta: object) -> float:
     return 1.5
 
 
+def _negative(answer: str, gold: object, meta: object) -> float:
+    return -0.25
+
+
 def _refuses(gold: object) -> None:
     raise DataError("gold is no good")
 
@@ -104,6 +108,7 @@ BAD_CHECK = Task(name="bad check", accuracy=_nan, check_gold=_crashes)
         ("_no_number", "error", "could not convert"),
         ("_nan", "error", "accuracy nan is not in"),
         ("_too_much", "error", "accuracy 1.5 is not in"),
+        ("_negative", "error", "accuracy -0.25 is not in"),
         ("BAD_GOLD", "invalid_gold", "gold is no good"),
         ("BAD_CHECK", "error", "KeyError: 'colour'"),
     ],

@@ -43,7 +43,7 @@ def advantages(
 
     Example: advantages([0, 1, 1, 0], ["count"] * 4, [7, 7, 7, 7]).values
     """
-    check_options(kind, options if not isinstance(components, str) else {"components": components})
+    _check_names(kind, {"components": components} if isinstance(components, str) else options)
     columns = reward_columns(rewards, tasks, groups, components)
     result = _method(kind)(columns, **options)
     if result.values.shape != columns.rewards.shape or not np.isfinite(result.values).all():
@@ -52,7 +52,17 @@ def advantages(
 
 
 def check_options(kind: str, options: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a `kind` that does not exist, or an option that it does not know."""
+    """Raise ConfigError for what `advantages` would refuse, before a run is built.
+
+    That is an unknown kind, an option that it does not know and, for the kinds of ADVANTAGES, a value that it does
+    not take.
+    """
+    _check_names(kind, options)
+    if kind in ADVANTAGES:
+        ADVANTAGES[kind](reward_columns([], [], [], None), **options)
+
+
+def _check_names(kind: str, options: Mapping[str, Any]) -> None:
     parameters = inspect.signature(_method(kind)).parameters.values()
     known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
     for name in options:
