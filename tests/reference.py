@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_vlrl.backends import BackendOptions
+from megatron_vlrl.backends.protocol import TokenReport
 from megatron_vlrl.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_vlrl.models.qwen3_vl.render import Renderer
 from megatron_vlrl.packing import Microbatch, Targets, pack
@@ -146,17 +147,20 @@ def make_microbatches(
             weights=weights,
             entropy_weights=ENTROPY_WEIGHT * weights,
             task=torch.zeros(len(places), dtype=torch.long),
+            counted=torch.ones(len(places)),
         )
         batches.append(pack([groups[index] for index in cut], multiple=multiple).with_targets(targets))
     return batches
 
 
-def token_loss(batch: Microbatch, log_probs: Tensor, entropies: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def token_loss(batch: Microbatch, log_probs: Tensor, entropies: Tensor) -> tuple[Tensor, TokenReport]:
     """`objective` on a microbatch."""
     targets = batch.targets
     assert targets is not None
     shares = objective(log_probs, entropies, targets.old_log_probs, targets.advantages, targets.weights)
-    return shares.sum(), {"tokens": torch.tensor(float(len(log_probs)))}
+    return shares.sum(), TokenReport(
+        sums={"tokens": torch.tensor(float(len(log_probs)))}, maxima={"top": log_probs.max()}
+    )
 
 
 def backend_options(folder: Path, sampling: Sampling, **parallel: object) -> BackendOptions:

@@ -71,9 +71,7 @@ def compare(folder: Path, parallel: dict[str, object]) -> dict[str, float]:
     everything = make_microbatches(groups, reference, [range(len(groups))], multiple)
     whole = backend.score(everything)[0]
     update = backend.train_step(batches, token_loss, lr=0.0)
-    errors = {
-        name: relative(gradient, reference.gradients[name]) for name, gradient in backend.hf_gradients()
-    }
+    errors = {name: relative(gradient, reference.gradients[name]) for name, gradient in backend.hf_gradients()}
     assert set(errors) == set(reference.gradients)
     assert sum(len(score.log_probs) for score in scores) == sum(len(batch.target_ids) for batch in batches)
     result = {
@@ -83,9 +81,8 @@ def compare(folder: Path, parallel: dict[str, object]) -> dict[str, float]:
         "loss": abs(update.sums["loss"] - float(reference.loss)) / float(reference.loss_scale),
         "gradients": max(errors.values()),
         "tokens": update.sums["tokens"] - len(reference.log_probs),
-        "grad_norm": abs(
-            update.grad_norm - float(torch.stack([g.norm() for g in reference.gradients.values()]).norm())
-        )
+        "maximum": abs(update.maxima["top"] - float(reference.log_probs.max())),
+        "grad_norm": abs(update.grad_norm - float(torch.stack([g.norm() for g in reference.gradients.values()]).norm()))
         / update.grad_norm,
     }
     backend.close()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_vlrl.backends.protocol import Backend
 from megatron_vlrl.config.names import resolve_name
-from megatron_vlrl.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_vlrl.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_vlrl.types import Sampling
 
 # name -> "module:function" that takes a BackendOptions; imported when asked for, so that no stack is forced on anyone
@@ -25,6 +25,18 @@ class BackendOptions:
     optimizer: OptimizerConfig
     sampling: Sampling
     seed: int
+
+    @classmethod
+    def of(cls, config: Config, sampling: Sampling) -> BackendOptions:
+        """What a run's configuration says of it."""
+        return cls(
+            folder=Path(config.model.path),
+            model=config.model,
+            parallel=config.parallel,
+            optimizer=config.optimizer,
+            sampling=sampling,
+            seed=config.run.seed,
+        )
 
 
 def build_backend(options: BackendOptions) -> Backend:

@@ -13,9 +13,19 @@ if TYPE_CHECKING:
     from megatron_vlrl.packing.rows import Microbatch
     from megatron_vlrl.parallel.groups import ProcessGroups
 
-# (microbatch, log_probs[R], entropies[R]) -> (scalar that is summed over microbatches and data ranks, sums to report).
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenReport:
+    """What a token loss measured on a microbatch: scalars to be summed, and of which the greatest counts. The same
+    names for every microbatch."""
+
+    sums: Mapping[str, Tensor]
+    maxima: Mapping[str, Tensor]
+
+
+# (microbatch, log_probs[R], entropies[R]) -> (scalar that is summed over microbatches and data ranks, report).
 # R counts the response tokens of the microbatch; the loss already carries its global denominators.
-TokenLoss = Callable[["Microbatch", "Tensor", "Tensor"], tuple["Tensor", Mapping[str, "Tensor"]]]
+TokenLoss = Callable[["Microbatch", "Tensor", "Tensor"], tuple["Tensor", TokenReport]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,9 +38,13 @@ class TokenScores:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UpdateResult:
-    """One optimizer update. sums: what the token loss reported, over the global batch; the same on every rank."""
+    """One optimizer update. sums, maxima: what the token loss reported, over the global batch; the same on every rank.
+
+    sums["loss"] is the loss itself. skipped: why weights and optimizer were left as they were, or None.
+    """
 
     sums: Mapping[str, float]
+    maxima: Mapping[str, float]
     grad_norm: float
     skipped: str | None
 

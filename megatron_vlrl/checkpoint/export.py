@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from megatron_vlrl.backends.protocol import Backend
 from megatron_vlrl.checkpoint.files import flush, flush_folders, list_files
 from megatron_vlrl.errors import CheckpointError, ModelError, VLRLError
 from megatron_vlrl.models.hf_files import INDEX_NAME, WEIGHTS_NAME, HFWeights
@@ -26,6 +27,15 @@ _COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt")  # config, tokenizer, p
 _COPIED_STEMS = ("LICENSE", "NOTICE")
 _COPIED_FOLDERS = ("additional_chat_templates",)
 _LISTED = 20  # tensors named in an error
+
+
+def export_model(backend: Backend, out: Path, source: Path) -> None:
+    """Write a backend's weights as the Hugging Face folder `out`; collective: all ranks gather them, rank 0 writes."""
+    weights = backend.hf_weights()
+    if backend.groups.is_main:
+        export_hf(out, source, weights)
+    for _ in weights:
+        pass
 
 
 def export_hf(

@@ -6,9 +6,14 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 
 from megatron_vlrl.cli.settings import add_settings, on_ranks, read_settings
 from megatron_vlrl.config.schema import Config
+from megatron_vlrl.runtime.launch import world_from_env
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +31,37 @@ def run(arguments: argparse.Namespace) -> int:
     return on_ranks(config, arguments.argv, _evaluate)
 
 
-def _evaluate(config: Config) -> str | None:
-    from megatron_vlrl import loop
+def _evaluate(config: Config) -> str:
+    from functools import partial
 
-    return loop.evaluate_model(config)
+    import torch.distributed as dist
+
+    from megatron_vlrl.data.loader import held_out
+    from megatron_vlrl.models.qwen3_vl.render import Renderer
+    from megatron_vlrl.parallel.groups import Group, ProcessGroups
+    from megatron_vlrl.rollout.engines import judge_config, make_engine
+    from megatron_vlrl.rollout.evaluate import evaluate
+    from megatron_vlrl.rollout.sampling import sampling_for
+    from megatron_vlrl.runtime.process import joined
+    from megatron_vlrl.tasks.reward import reward_group
+
+    world = world_from_env(os.environ)
+    with joined(world, timeout_seconds=config.parallel.timeout_seconds, threads=config.run.threads):
+        renderer = Renderer(Path(config.model.path), config.data.max_prompt_tokens)
+        engine = make_engine(judge_config(config), renderer)
+        samples = held_out(Path(config.evaluate.data), config.evaluate.per_task)
+        prompts = [renderer.render(sample) for sample in samples]
+        sampling = sampling_for(config.rollout, renderer, seed=config.run.seed)
+        sampling = replace(sampling, n=1, temperature=config.evaluate.temperature)
+        groups = ProcessGroups.replicas(Group(world.rank, world.size, dist.group.WORLD))
+        result = evaluate(engine, prompts, sampling, partial(reward_group, config=config.reward), groups)
+        return _table(result.scores(), result.mean)
+
+
+def _table(scores: Mapping[str, Mapping[str, float]], mean: float) -> str:
+    """One aligned line a task, and the mean over tasks."""
+    lines = [f"{'task':<12} {'accuracy':>17} {'items':>6}"]
+    for name, score in scores.items():
+        lines.append(f"{name:<12} {score['accuracy']:>9.3f} ± {score['half_width']:.3f} {score['count']:>6.0f}")
+    items = sum(score["count"] for score in scores.values())
+    return "\n".join([*lines, f"{'mean':<12} {mean:>9.3f} {'':>7} {items:>6.0f}"])

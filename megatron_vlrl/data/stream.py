@@ -59,6 +59,11 @@ class SampleStream:
         self._rank, self._world = rank, world
         self._cursor = 0
 
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Every task of the shards, drawn or not, the same on every rank."""
+        return tuple(self._reader.manifest.tasks)
+
     def next(self, count: int) -> list[Sample | SampleError]:
         """Move the global cursor by `count` positions and return those of this rank, in order.
 

@@ -35,6 +35,7 @@ class Targets:
     weights: Tensor  # the token's share of the objective, global denominators included
     entropy_weights: Tensor  # the same for the entropy term; 0 where its task is inside the band
     task: Tensor
+    counted: Tensor  # 1, or 0 for tokens that only fill a row and enter no mean
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

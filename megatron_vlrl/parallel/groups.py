@@ -45,6 +45,12 @@ class ProcessGroups:
         one = Group.single()
         return cls(dims=ParallelDims(), world=one, tensor=one, pipeline=one, data=one, model=one)
 
+    @classmethod
+    def replicas(cls, world: Group) -> ProcessGroups:
+        """Every process holds the whole model: they differ in data alone."""
+        one = Group.single()
+        return cls(dims=ParallelDims(data=world.size), world=world, tensor=one, pipeline=one, data=world, model=one)
+
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0, which writes files and prints."""

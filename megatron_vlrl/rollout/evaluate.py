@@ -54,6 +54,13 @@ class Evaluation:
             else math.nan
         )
 
+    def scores(self) -> dict[str, dict[str, float]]:
+        """By task: accuracy, number of items, half-width of the 95% interval."""
+        return {
+            name: {"accuracy": score.accuracy.value, "count": score.prompts, "half_width": score.half_width}
+            for name, score in self.tasks.items()
+        }
+
     @property
     def failures(self) -> int:
         """Rewards that failed, over all tasks."""

@@ -6,15 +6,44 @@ the batch, nor the rank, nor any global random state.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_vlrl.config.schema import RolloutConfig
 from megatron_vlrl.errors import RolloutError
 from megatron_vlrl.types import Sampling
 
 _UINT64 = (1 << 64) - 1
+
+
+class Vocabulary(Protocol):
+    """What sampling needs of the model's renderer."""
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Ids that end a response."""
+        ...
+
+    @property
+    def banned_token_ids(self) -> tuple[int, ...]:
+        """Ids that never appear in one."""
+        ...
+
+
+def sampling_for(config: RolloutConfig, vocabulary: Vocabulary, *, seed: int) -> Sampling:
+    """The distribution that a run draws from, and whose log-probs it trains on."""
+    return Sampling(
+        n=config.samples_per_prompt,
+        temperature=config.temperature,
+        max_new_tokens=config.max_new_tokens,
+        stop_token_ids=vocabulary.stop_token_ids,
+        banned_token_ids=vocabulary.banned_token_ids,
+        seed=seed,
+    )
 
 
 def uniforms(seed: int, position: int, rollout: int, count: int) -> NDArray[np.float64]:

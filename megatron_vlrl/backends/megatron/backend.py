@@ -28,7 +28,7 @@ from megatron_vlrl.models.hf_files import HFWeights
 from megatron_vlrl.models.qwen3_vl.config import Qwen3VLSpec
 from megatron_vlrl.models.qwen3_vl.names import hf_shapes
 from megatron_vlrl.packing import Microbatch
-from megatron_vlrl.parallel.collectives import broadcast_object, sum_over
+from megatron_vlrl.parallel.collectives import broadcast_object, gather_rows, sum_over
 from megatron_vlrl.parallel.dims import ParallelDims
 from megatron_vlrl.parallel.logprob import log_probs_and_entropies
 
@@ -70,9 +70,7 @@ class MegatronBackend:
                 text, DistributedDataParallelConfig(grad_reduce_in_fp32=True), self.stage
             )
             bf16 = precision.dtype == torch.bfloat16
-            self.optimizer = build_optimizer(
-                self.wrapped, self.weights.parameters, table, options.optimizer, bf16=bf16
-            )
+            self.optimizer = build_optimizer(self.wrapped, self.weights.parameters, table, options.optimizer, bf16=bf16)
         self._banned = self._local_columns(options.sampling.banned_token_ids)
 
     @property
@@ -109,17 +107,18 @@ class MegatronBackend:
         """One update from the sum of the microbatches' losses over all data ranks."""
 
         def loss(batch: Microbatch, log_probs: Tensor, entropies: Tensor) -> _LossOutput:
-            value, sums = token_loss(batch, log_probs, entropies)
-            return value, _ONE, {"loss": value.detach(), **sums}
+            value, report = token_loss(batch, log_probs, entropies)
+            return value, _ONE, {"sums": {"loss": value.detach(), **report.sums}, "maxima": report.maxima}
 
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
-        sums = self._total(self._run(microbatches, loss, forward_only=False))
+        sums, maxima = self._total(self._run(microbatches, loss, forward_only=False))
         if not math.isfinite(sums["loss"]):
-            return UpdateResult(sums=sums, grad_norm=math.nan, skipped="non-finite loss")
+            return UpdateResult(sums=sums, maxima=maxima, grad_norm=math.nan, skipped="non-finite loss")
         with cpu.on_device():
             norm, updated = apply_update(self.optimizer, lr, self.options.optimizer.clip_norm)
-        return UpdateResult(sums=sums, grad_norm=norm, skipped=None if updated else "non-finite gradient")
+        skipped = None if updated else "non-finite gradient"
+        return UpdateResult(sums=sums, maxima=maxima, grad_norm=norm, skipped=skipped)
 
     def save(self, folder: Path) -> None:
         """See `state.save`."""
@@ -168,14 +167,23 @@ class MegatronBackend:
             )
         return reports
 
-    def _total(self, reports: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-        """Sums of the reports over microbatches and data ranks, on every rank."""
+    def _total(
+        self, reports: Sequence[Mapping[str, Mapping[str, Tensor]]]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Sums and maxima of the reports over microbatches and data ranks, on every rank."""
         totals = None
         if self.is_last_stage:
-            names = list(reports[0])
-            local = np.array([sum(float(report[name]) for report in reports) for name in names])
-            totals = dict(zip(names, sum_over(local, self.groups.data).tolist(), strict=True))
-        result: dict[str, float] = broadcast_object(totals, self.groups.pipeline, self.groups.pipeline.size - 1)
+            sums, maxima = ([report[kind] for report in reports] for kind in ("sums", "maxima"))
+            local = np.array([sum(float(part[name]) for part in sums) for name in sums[0]])
+            greatest = np.array([max(float(part[name]) for part in maxima) for name in maxima[0]])
+            everyone = gather_rows(greatest[None], self.groups.data).max(axis=0)
+            totals = (
+                dict(zip(sums[0], sum_over(local, self.groups.data).tolist(), strict=True)),
+                dict(zip(maxima[0], everyone.tolist(), strict=True)),
+            )
+        result: tuple[dict[str, float], dict[str, float]] = broadcast_object(
+            totals, self.groups.pipeline, self.groups.pipeline.size - 1
+        )
         return result
 
     def _local_columns(self, ids: Sequence[int]) -> Tensor:

@@ -129,7 +129,9 @@ class DeepStackLayer(TransformerLayer):
 
     first_feature = 0
 
-    def forward(self, hidden_states: Tensor, context: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, hidden_states: Tensor, context: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
         """Layer output plus this layer's features; `context` is handed on."""
         kwargs.pop("context_mask", None)
         hidden, _ = super().forward(hidden_states, context=None, **kwargs)

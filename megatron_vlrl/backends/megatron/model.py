@@ -51,9 +51,7 @@ class PackedRowGPT(GPTModel):
             self.output_layer.sequence_parallel = False
             self.output_layer.allreduce_dgrad = True
 
-    def _postprocess(
-        self, hidden_states: Tensor, *_: Any, packed_seq_params: PackedRowParams, **__: Any
-    ) -> Tensor:
+    def _postprocess(self, hidden_states: Tensor, *_: Any, packed_seq_params: PackedRowParams, **__: Any) -> Tensor:
         """[T(/tp), 1, D] -> logits [1, U, V/tp] on the last stage, the hidden states elsewhere."""
         if not self.post_process:
             return hidden_states
@@ -129,7 +127,9 @@ class Qwen3VLStage(MegatronModule):
         """Logits [1, U, V/tp] on the last stage; what the next stage needs elsewhere."""
         embedded, features = self._embed(batch) if self.pre_process else (None, self._features)
         length = len(batch.input_ids)
-        border = torch.tensor([0, length], dtype=torch.int32)  # on the host: the rotary embedding reads it twice a layer
+        border = torch.tensor(
+            [0, length], dtype=torch.int32
+        )  # on the host: the rotary embedding reads it twice a layer
         params = PackedRowParams(
             qkv_format="thd",
             cu_seqlens_q=border,

@@ -6,11 +6,12 @@ A factory imports its engine when called: naming an engine must not need what th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 from megatron_vlrl.config.names import resolve_name
-from megatron_vlrl.config.schema import RolloutConfig
+from megatron_vlrl.config.schema import Config, RolloutConfig
 from megatron_vlrl.errors import ConfigError
 from megatron_vlrl.rollout.engine import Engine
 
@@ -47,6 +48,19 @@ ENGINES: dict[str, EngineFactory] = {
     "transformers": _transformers,
     "demonstrations": _demonstrations,
 }
+
+
+def make_engine(config: Config, codec: Codec) -> Engine:
+    """The engine that `rollout.engine` names, with the weights of `model.path`."""
+    factory = resolve_engine(config.rollout.engine)
+    return factory(Path(config.model.path), codec, config.rollout, config.model.dtype)
+
+
+def judge_config(config: Config) -> Config:
+    """The configuration of the engine that evaluates: demonstrations say nothing of the policy."""
+    if config.rollout.engine != "demonstrations":
+        return config
+    return replace(config, rollout=replace(config.rollout, engine="transformers"))
 
 
 def resolve_engine(name: str) -> EngineFactory:

@@ -1,0 +1,245 @@
+"""The RL loop: one step reads top to bottom, one line a stage. The only place that wires the stages together."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+from megatron_vlrl.algorithms import advantages, check_options
+from megatron_vlrl.algorithms.schedules import learning_rate
+from megatron_vlrl.backends import BackendOptions, build_backend
+from megatron_vlrl.backends.protocol import UpdateResult
+from megatron_vlrl.checkpoint.export import export_model
+from megatron_vlrl.checkpoint.state import RunState, summary
+from megatron_vlrl.checkpoint.store import CheckpointStore
+from megatron_vlrl.config.load import dump
+from megatron_vlrl.config.schema import Config
+from megatron_vlrl.data.loader import PromptLoader, held_out
+from megatron_vlrl.data.stream import SampleStream
+from megatron_vlrl.models.qwen3_vl.render import Renderer
+from megatron_vlrl.observe.clock import Clock
+from megatron_vlrl.observe.recorder import Recorder
+from megatron_vlrl.observe.report import write_report
+from megatron_vlrl.observe.summary import summary_table
+from megatron_vlrl.parallel.collectives import barrier, gather_objects
+from megatron_vlrl.rollout.distribute import generate_groups
+from megatron_vlrl.rollout.engines import judge_config, make_engine
+from megatron_vlrl.rollout.evaluate import Evaluation, evaluate
+from megatron_vlrl.runtime.launch import world_from_env
+from megatron_vlrl.runtime.process import joined
+from megatron_vlrl.runtime.seed import seed_all
+from megatron_vlrl.tasks.reward import reward_group
+from megatron_vlrl.train.minibatches import Minibatch, assign, make_minibatches, rows_of, trains
+from megatron_vlrl.train.rewards import gather_table, score_groups
+from megatron_vlrl.train.statistics import table_means, update_means
+from megatron_vlrl.train.update import Updater
+from megatron_vlrl.rollout.sampling import sampling_for
+from megatron_vlrl.types import Prompt, StepStats
+
+CONFIG_FILE = "config.yaml"
+STATE_FILE = "run_state.json"
+
+
+def train(config: Config) -> str:
+    """Train as `config` says; the table that ends the run (rank 0's). Every rank of the job calls it."""
+    check_options(config.algorithm.advantage.kind, config.algorithm.advantage.options)
+    world = world_from_env(os.environ)
+    with joined(world, timeout_seconds=config.parallel.timeout_seconds, threads=config.run.threads):
+        seed_all(config.run.seed)
+        return Run(config).train()
+
+
+class Run:
+    """The stages of one run, built once."""
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.folder = config, Path(config.run.folder)
+        self.renderer = Renderer(Path(config.model.path), config.data.max_prompt_tokens)
+        self.reward = partial(reward_group, config=config.reward)
+        self.sampling = sampling_for(config.rollout, self.renderer, seed=config.run.seed)
+        self.backend = build_backend(BackendOptions.of(config, self.sampling))
+        self.groups = self.backend.groups
+        self.engine = make_engine(config, self.renderer)
+        # Where answers do not come from the policy, evaluation needs an engine that asks it.
+        self.judge = self.engine if self.engine.needs_weights else make_engine(judge_config(config), self.renderer)
+        stream = SampleStream(
+            Path(config.data.train),
+            seed=config.run.seed,
+            weights=config.data.weights,
+            rank=self.groups.data.rank,
+            world=self.groups.data.size,
+        )
+        self.tasks = stream.tasks
+        self.loader = PromptLoader(stream, self.renderer.render, config.data.max_bad_samples)
+        self.updater = Updater(
+            backend=self.backend,
+            algorithm=config.algorithm,
+            task_names=self.tasks,
+            microbatch_tokens=config.train.microbatch_tokens,
+        )
+        self.store = CheckpointStore(self.folder / "checkpoints", keep=config.checkpoint.keep, world=self.groups.world)
+        self.updates, self.finished = 0, False
+        self.done = self._resume()
+        self.recorder = self._open_recorder() if self.groups.is_main else None
+        self.held_out = [self.renderer.render(sample) for sample in self._held_out()]
+
+    def train(self) -> str:
+        """All steps, evaluation before and after, then export and report."""
+        config = self.config
+        if self.done == 0:
+            self._evaluate("before")
+        if self.engine.needs_weights:
+            self.engine.update_weights(self.backend.hf_weights(), self.done)
+        while self.done < config.train.steps and not self.finished:
+            stats = self.step()
+            if self.recorder:
+                self.recorder.step(stats)
+            last = self.done == config.train.steps
+            if not last and _due(self.done, config.evaluate.every, config.evaluate.start):
+                self.finished = self._good_enough(self._evaluate("during"))
+            if not (last or self.finished) and _due(self.done, config.checkpoint.every):
+                self._save()
+            if last or self.finished:
+                self._evaluate("after")
+                self.finished = True
+                self._save()
+        return self._finish()
+
+    def step(self) -> StepStats:
+        """One step of reinforcement learning."""
+        config, clock = self.config, Clock()
+        with clock("load"):
+            prompts = self.loader.next(config.data.prompts_per_step)
+        with clock("rollout"):
+            groups = generate_groups(self.engine, prompts, self.sampling, self.groups.model)
+        with clock("reward"):
+            rewards = score_groups(groups, self.reward, self.groups.model)
+            table = gather_table(groups, rewards, self.groups.data, self.tasks)
+            kind, options = config.algorithm.advantage.kind, config.algorithm.advantage.options
+            result = advantages(table.total, table.task, table.position, kind, table.components, **options)
+        with clock("pack"):
+            rows = trains(table, result, every_token=bool(config.algorithm.entropy.coefficient))
+            chosen = assign(table, rows, config.train.minibatches, (config.run.seed, self.done))
+            aggregation = config.algorithm.loss.aggregation
+            minibatches = make_minibatches(groups, table, result, active=rows, chosen=chosen, aggregation=aggregation)
+        with clock("update"):
+            lr = self._learning_rate()
+            updates = self._update(minibatches, lr)
+        self.done += 1
+        with clock("sync"):
+            if self.engine.needs_weights:
+                self.engine.update_weights(self.backend.hf_weights(), self.done)
+        if self.recorder:
+            own = [result.values[rows_of(table, group)] for group in groups]
+            self.recorder.rollouts(self.done, groups, rewards, own)
+        skipped = [update.skipped for update in updates if update.skipped]
+        drift = {"mismatch_max": updates[0].maxima["drift"]} if updates and self.engine.needs_weights else {}
+        return StepStats(
+            step=self.done,
+            means=table_means(table, result) | (update_means(updates, self.tasks) if updates else {}),
+            scalars={"lr": lr, "updates": float(self.updates), **drift},
+            seconds=clock.seconds,
+            skipped="; ".join(skipped) if updates else "no group has rewards that differ",
+        )
+
+    def _update(self, minibatches: list[Minibatch], lr: float) -> list[UpdateResult]:
+        """An optimizer update for each minibatch that has anything to learn from, on any rank."""
+        results = []
+        for minibatch in minibatches:
+            if minibatch.responses:
+                result = self.updater.update(self.updater.pack(minibatch.groups), lr)
+                self.updates += result.skipped is None
+                results.append(result)
+        return results
+
+    def _learning_rate(self) -> float:
+        optimizer = self.config.optimizer
+        return learning_rate(
+            self.done,
+            base=optimizer.lr,
+            steps=self.config.train.steps,
+            warmup=optimizer.warmup_steps,
+            decay=optimizer.decay,
+            final_ratio=optimizer.final_ratio,
+        )
+
+    def _held_out(self) -> list[Prompt]:
+        config = self.config.evaluate
+        samples = held_out(Path(config.data), config.per_task) if config.data else []
+        return [self.renderer.render(sample) for sample in samples]
+
+    def _evaluate(self, label: str) -> Evaluation | None:
+        if not self.held_out:
+            return None
+        if self.judge is not self.engine:
+            self.judge.update_weights(self.backend.hf_weights(), self.done)
+        sampling = replace(self.sampling, n=1, temperature=self.config.evaluate.temperature)
+        result = evaluate(self.judge, self.held_out, sampling, self.reward, self.groups)
+        if self.recorder:
+            self.recorder.evaluation(self.done, label, result.scores(), sampling.temperature)
+        return result
+
+    def _good_enough(self, result: Evaluation | None) -> bool:
+        config = self.config.evaluate
+        if result is None or not config.stop_at:
+            return False
+        worst = min(score.accuracy.value for score in result.tasks.values())
+        return result.mean >= config.stop_at and worst >= config.stop_at_each
+
+    def _save(self) -> None:
+        bad: dict[str, str] = {}
+        for part in gather_objects(self.loader.bad, self.groups.data):
+            bad |= part
+        state = RunState(
+            step=self.done,
+            updates=self.updates,
+            cursor=self.loader.state() | {"bad": bad},
+            algorithm={"finished": self.finished},
+            model=summary(self.renderer.spec),
+            config=summary(self.config),
+        )
+
+        def write(folder: Path) -> None:
+            self.backend.save(folder)
+            if self.groups.is_main:
+                (folder / STATE_FILE).write_text(json.dumps(state.to_dict()), encoding="utf-8")
+
+        self.store.save(self.done, write, layout=asdict(self.groups.dims))
+
+    def _resume(self) -> int:
+        """Restore the checkpoint that `run.resume` asks for; the number of steps done."""
+        folder = self.store.find(self.config.run.resume)
+        if folder is None:
+            return 0
+        raw = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        state = RunState.from_dict(raw, model=summary(self.renderer.spec))
+        self.backend.load(folder)
+        self.loader.restore(state.cursor)
+        self.updates, self.finished = state.updates, bool(state.algorithm["finished"])
+        return state.step
+
+    def _open_recorder(self) -> Recorder:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / CONFIG_FILE).write_text(dump(self.config), encoding="utf-8")
+        return Recorder(
+            self.folder, self.config.observe, tasks=self.tasks, total=self.config.train.steps, step=self.done
+        )
+
+    def _finish(self) -> str:
+        """Export, report, and the closing table."""
+        if self.config.observe.export:
+            export_model(self.backend, self.folder / "hf", Path(self.config.model.path))
+        if self.recorder:
+            self.recorder.close()
+            write_report(self.folder)
+        barrier(self.groups.world)
+        self.engine.close()
+        self.backend.close()
+        return summary_table(self.folder) if self.groups.is_main else ""
+
+
+def _due(step: int, every: int, start: int = 0) -> bool:
+    return every > 0 and step >= start and step % every == 0
