@@ -288,6 +288,10 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(disk)], check=True)
 
 
+def write_large(folder: Path) -> None:
+    (folder / "shard").write_bytes(bytes(600_000))
+
+
 def write_too_much(folder: Path) -> None:
     (folder / "shard").write_bytes(bytes(2_000_000))
 
@@ -309,3 +313,13 @@ def test_a_disk_that_is_really_full(small_disk, write):
     assert is_whole(small_disk / "step-00000001")
     store.save(2, writer(2), layout={})
     assert names(small_disk) == ["latest", "step-00000002"]
+
+
+def test_a_disk_without_room_for_another_is_refused_before_anything_is_written(small_disk):
+    store = make_store(small_disk, keep=1)
+    store.save(1, write_large, layout={})
+    with pytest.raises(
+        CheckpointError, match=r"No space left on device: \d+ bytes free, the last checkpoint took 608192"
+    ):
+        store.save(2, lambda folder: pytest.fail("nothing may be written"), layout={})
+    assert names(small_disk) == ["latest", "step-00000001"]

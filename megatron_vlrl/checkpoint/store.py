@@ -9,7 +9,9 @@ saved anew; `latest` names the newest, for people. Everything else is left alone
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import re
 import secrets
 import shutil
@@ -26,6 +28,7 @@ from megatron_vlrl.parallel.groups import Group
 LOG = logging.getLogger(__name__)
 
 _FINISHED = re.compile(r"(step-\d{8}|replaced-\d{8}-[0-9a-f]{8})")
+_BLOCK = 4096  # bytes; a file takes up to one block more than its length
 _UNFINISHED = re.compile(r"\.tmp-\d{8}-[0-9a-f]{8}")
 # What a full or failing disk looks like: Python's files, torch's zip writer (RuntimeError), a backend's own wording.
 _WRITE_ERRORS = (OSError, RuntimeError, CheckpointError)
@@ -116,8 +119,23 @@ class CheckpointStore:
         return sorted(sizes, key=lambda name: (-sizes[name], name))[self.world.rank :: self.world.size]
 
     def _begin(self, part: Path) -> int:
+        """Make the folder and return the new sequence number.
+
+        A disk that could not hold a checkpoint like the last one is refused at once: megatron-core hangs until the
+        collectives' timeout where the one file that rank 0 writes alone is the first that does not fit.
+        """
         part.mkdir(parents=True)
-        return 1 + max((sequence or 0 for sequence, _ in self._finished()), default=0)
+        earlier = [manifest for manifest, _ in self._finished() if manifest]
+        if not earlier:
+            return 1
+        last = max(earlier, key=lambda manifest: manifest.sequence)
+        needed = sum(record.size + _BLOCK for record in last.files.values()) + _BLOCK  # and the manifest
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise OSError(
+                errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {free} bytes free, the last checkpoint took {needed}"
+            )
+        return last.sequence + 1
 
     def _describe(self, part: Path) -> dict[str, FileRecord]:
         """Flush and hash what all ranks wrote, each rank a share."""
@@ -147,7 +165,7 @@ class CheckpointStore:
             write_text(self.folder / "latest", final.name + "\n")
         except OSError as error:
             LOG.warning("%s could not be updated (%s); resuming does not need it", self.folder / "latest", error)
-        ranked = [path for _, path in sorted(self._finished(), key=lambda item: item[0] or 0, reverse=True)]
+        ranked = [path for _, path in sorted(self._finished(), key=_sequence, reverse=True)]
         steps = [path for path in ranked if path.name.startswith("step-")]
         for path in {*ranked} - {*steps[: self.keep]}:
             try:
@@ -155,13 +173,13 @@ class CheckpointStore:
             except OSError as error:
                 LOG.warning("old checkpoint %s could not be deleted (%s); delete it by hand", path, error)
 
-    def _finished(self) -> list[tuple[int | None, Path]]:
-        """(sequence, None where the manifest is unreadable; folder) of every finished checkpoint."""
-        found: list[tuple[int | None, Path]] = []
+    def _finished(self) -> list[tuple[Manifest | None, Path]]:
+        """(manifest, None where it is unreadable; folder) of every finished checkpoint."""
+        found: list[tuple[Manifest | None, Path]] = []
         for path in sorted(self.folder.iterdir()) if self.folder.is_dir() else ():
             if _FINISHED.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
                 try:
-                    found.append((Manifest.read(path).sequence, path))
+                    found.append((Manifest.read(path), path))
                 except CheckpointError:
                     found.append((None, path))
         return found
@@ -171,7 +189,7 @@ class CheckpointStore:
         for path in self.folder.iterdir() if self.folder.is_dir() else ():
             if _UNFINISHED.fullmatch(path.name):
                 shutil.rmtree(path, ignore_errors=True)
-        ranked = sorted(self._finished(), key=lambda item: (item[0] is None, item[0] or 0), reverse=True)
+        ranked = sorted(self._finished(), key=lambda item: (item[0] is None, _sequence(item)), reverse=True)
         return [path for _, path in ranked]
 
     def _problems(self, folder: Path) -> list[str]:
@@ -183,3 +201,7 @@ class CheckpointStore:
         mine = self._mine({name: record.size for name, record in manifest.files.items()})
         found = gather_objects([check_file(folder, name, manifest.files[name]) for name in mine], self.world)
         return [problem for part in found for problem in part if problem]
+
+
+def _sequence(item: tuple[Manifest | None, Path]) -> int:
+    return item[0].sequence if item[0] else 0
