@@ -84,7 +84,7 @@ class Run:
         self.updates, self.finished = 0, False
         self.done = self._resume()
         self.recorder = self._open_recorder() if self.groups.is_main else None
-        self.held_out = [self.renderer.render(sample) for sample in self._held_out()]
+        self.held_out = self._held_out()
 
     def train(self) -> str:
         """All steps, evaluation before and after, then export and report."""
@@ -135,14 +135,16 @@ class Run:
         if self.recorder:
             own = [result.values[rows_of(table, group)] for group in groups]
             self.recorder.rollouts(self.done, groups, rewards, own)
-        skipped = [update.skipped for update in updates if update.skipped]
+        reasons = [update.skipped for update in updates if update.skipped]
+        if not updates:
+            reasons = ["no group has rewards that differ"]
         drift = {"mismatch_max": updates[0].maxima["drift"]} if updates and self.engine.needs_weights else {}
         return StepStats(
             step=self.done,
             means=table_means(table, result) | (update_means(updates, self.tasks) if updates else {}),
             scalars={"lr": lr, "updates": float(self.updates), **drift},
             seconds=clock.seconds,
-            skipped="; ".join(skipped) if updates else "no group has rewards that differ",
+            skipped="; ".join(reasons) or None,
         )
 
     def _update(self, minibatches: list[Minibatch], lr: float) -> list[UpdateResult]:

@@ -42,6 +42,7 @@ def _common(dims: ParallelDims, precision: Precision) -> dict[str, Any]:
         "gradient_accumulation_fusion": False,
         "persist_layer_norm": False,
         "batch_p2p_sync": False,
+        "cuda_graph_scope": [],  # the default is deprecated and says so
     }
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, Qwen3VLForConditionalGeneration
+from transformers.utils.logging import disable_progress_bar
 
 from megatron_vlrl.errors import ModelError, RolloutError
 from megatron_vlrl.models.qwen3_vl.config import Qwen3VLSpec
@@ -104,6 +105,7 @@ class TransformersEngine:
 def _load(folder: Path, dtype: str) -> Qwen3VLForConditionalGeneration:
     """The folder's model in evaluation mode, without gradients."""
     AttentionInterface.register(ATTENTION, grouped_query_attention)
+    disable_progress_bar()  # one a rank, over the run's own
     model, found = Qwen3VLForConditionalGeneration.from_pretrained(
         folder,
         dtype=getattr(torch, dtype),
