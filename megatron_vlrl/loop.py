@@ -28,6 +28,7 @@ from megatron_vlrl.parallel.collectives import barrier, gather_objects
 from megatron_vlrl.rollout.distribute import generate_groups
 from megatron_vlrl.rollout.engines import judge_config, make_engine
 from megatron_vlrl.rollout.evaluate import Evaluation, evaluate
+from megatron_vlrl.rollout.sampling import sampling_for
 from megatron_vlrl.runtime.launch import world_from_env
 from megatron_vlrl.runtime.process import joined
 from megatron_vlrl.runtime.seed import seed_all
@@ -36,7 +37,6 @@ from megatron_vlrl.train.minibatches import Minibatch, assign, make_minibatches,
 from megatron_vlrl.train.rewards import gather_table, score_groups
 from megatron_vlrl.train.statistics import table_means, update_means
 from megatron_vlrl.train.update import Updater
-from megatron_vlrl.rollout.sampling import sampling_for
 from megatron_vlrl.types import Prompt, StepStats
 
 CONFIG_FILE = "config.yaml"
@@ -113,6 +113,7 @@ class Run:
         config, clock = self.config, Clock()
         with clock("load"):
             prompts = self.loader.next(config.data.prompts_per_step)
+            bad = float(len(self._bad_samples()))
         with clock("rollout"):
             groups = generate_groups(self.engine, prompts, self.sampling, self.groups.model)
         with clock("reward"):
@@ -142,7 +143,7 @@ class Run:
         return StepStats(
             step=self.done,
             means=table_means(table, result) | (update_means(updates, self.tasks) if updates else {}),
-            scalars={"lr": lr, "updates": float(self.updates), **drift},
+            scalars={"lr": lr, "updates": float(self.updates), "bad_samples": bad, **drift},
             seconds=clock.seconds,
             skipped="; ".join(reasons) or None,
         )
@@ -156,6 +157,10 @@ class Run:
                 self.updates += result.skipped is None
                 results.append(result)
         return results
+
+    def _bad_samples(self) -> dict[str, str]:
+        """Key -> why it was skipped, over all data ranks."""
+        return {key: why for part in gather_objects(self.loader.bad, self.groups.data) for key, why in part.items()}
 
     def _learning_rate(self) -> float:
         optimizer = self.config.optimizer
@@ -192,13 +197,10 @@ class Run:
         return result.mean >= config.stop_at and worst >= config.stop_at_each
 
     def _save(self) -> None:
-        bad: dict[str, str] = {}
-        for part in gather_objects(self.loader.bad, self.groups.data):
-            bad |= part
         state = RunState(
             step=self.done,
             updates=self.updates,
-            cursor=self.loader.state() | {"bad": bad},
+            cursor=self.loader.state() | {"bad": self._bad_samples()},
             algorithm={"finished": self.finished},
             model=summary(self.renderer.spec),
             config=summary(self.config),

@@ -1,4 +1,4 @@
-"""The same step computed by transformers on padded rows, one prompt copy for each response: what every layout must equal."""
+"""The same step by transformers on padded rows, one prompt copy for each response: what every layout must equal."""
 
 from __future__ import annotations
 

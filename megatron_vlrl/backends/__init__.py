@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +10,6 @@ from megatron_vlrl.backends.protocol import Backend
 from megatron_vlrl.config.names import resolve_name
 from megatron_vlrl.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_vlrl.types import Sampling
-
-# name -> "module:function" that takes a BackendOptions; imported when asked for, so that no stack is forced on anyone
-BACKENDS: Mapping[str, str] = {"megatron": "megatron_vlrl.backends.megatron.backend:MegatronBackend"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +36,16 @@ class BackendOptions:
         )
 
 
+def _megatron(options: BackendOptions) -> Backend:
+    from megatron_vlrl.backends.megatron.backend import MegatronBackend
+
+    return MegatronBackend(options)
+
+
+# Each imports its stack when called, so that none is forced on anyone.
+BACKENDS: dict[str, Callable[[BackendOptions], Backend]] = {"megatron": _megatron}
+
+
 def build_backend(options: BackendOptions) -> Backend:
     """The backend named in `options.model.backend`; torch.distributed must be initialised. Collective."""
-    path = resolve_name(options.model.backend, {**BACKENDS}, "model.backend")
-    factory = resolve_name(path, {}, "model.backend") if isinstance(path, str) else path
-    backend: Backend = factory(options)
-    return backend
+    return resolve_name(options.model.backend, BACKENDS, "model.backend")(options)

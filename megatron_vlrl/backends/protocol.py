@@ -55,11 +55,11 @@ class Backend(Protocol):
     groups: ProcessGroups
 
     def load_hf(self, folder: Path) -> None:
-        """Take weights from a Hugging Face folder of safetensors; a missing, extra or misshapen one raises ModelError."""
+        """Take weights from a Hugging Face folder; a missing, extra or misshapen one raises ModelError."""
         ...
 
     def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, whole tensor on the host) in a fixed order, on every rank; gathered in bounded buckets."""
+        """(Hugging Face name, whole tensor on the host), in a fixed order, on every rank; in bounded buckets."""
         ...
 
     def hf_gradients(self) -> Iterator[tuple[str, Tensor]]:

@@ -34,11 +34,10 @@ def run(arguments: argparse.Namespace) -> int:
 def _evaluate(config: Config) -> str:
     from functools import partial
 
-    import torch.distributed as dist
-
     from megatron_vlrl.data.loader import held_out
     from megatron_vlrl.models.qwen3_vl.render import Renderer
-    from megatron_vlrl.parallel.groups import Group, ProcessGroups
+    from megatron_vlrl.parallel.collectives import world_group
+    from megatron_vlrl.parallel.groups import ProcessGroups
     from megatron_vlrl.rollout.engines import judge_config, make_engine
     from megatron_vlrl.rollout.evaluate import evaluate
     from megatron_vlrl.rollout.sampling import sampling_for
@@ -53,7 +52,7 @@ def _evaluate(config: Config) -> str:
         prompts = [renderer.render(sample) for sample in samples]
         sampling = sampling_for(config.rollout, renderer, seed=config.run.seed)
         sampling = replace(sampling, n=1, temperature=config.evaluate.temperature)
-        groups = ProcessGroups.replicas(Group(world.rank, world.size, dist.group.WORLD))
+        groups = ProcessGroups.replicas(world_group())
         result = evaluate(engine, prompts, sampling, partial(reward_group, config=config.reward), groups)
         return _table(result.scores(), result.mean)
 

@@ -24,6 +24,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _train(config: Config) -> str | None:
-    from megatron_vlrl import loop
+    from megatron_vlrl.loop import train
 
-    return loop.train(config)
+    return train(config)

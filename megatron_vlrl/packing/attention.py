@@ -37,7 +37,7 @@ def plan_attention(segments: Sequence[Segment]) -> AttentionPlan:
     table = torch.tensor(spans, dtype=torch.int64).view(-1, 3)
     owner, begin, end = table.unbind(1)
     prompt_lengths, lengths = prompts[:, 1] - prompts[:, 0], end - begin
-    widest, longest = int(prompt_lengths.max()), int(lengths.max()) if len(spans) else 0
+    widest, longest = int(prompt_lengths.max()), int(lengths.max()) if spans else 0
     prompt_steps, steps = torch.arange(widest), torch.arange(longest)
     in_prompt = prompt_steps < prompt_lengths[:, None]
     in_response = steps < lengths[:, None]
@@ -45,7 +45,7 @@ def plan_attention(segments: Sequence[Segment]) -> AttentionPlan:
     response_index = torch.minimum(begin[:, None] + steps, end[:, None] - 1)
     causal = torch.ones(longest, longest, dtype=torch.bool).tril().expand(len(spans), -1, -1)
     mask = torch.cat([in_prompt[owner][:, None, :].expand(-1, longest, -1), causal], dim=-1)
-    unpack = torch.empty(int(max(prompts[:, 1].max(), end.max() if len(spans) else 0)), dtype=torch.int64)
+    unpack = torch.empty(int(max(prompts[:, 1].max(), end.max() if spans else 0)), dtype=torch.int64)
     unpack[prompt_index[in_prompt]] = torch.arange(in_prompt.numel()).view_as(in_prompt)[in_prompt]
     offset = in_prompt.numel()
     unpack[response_index[in_response]] = offset + torch.arange(in_response.numel()).view_as(in_response)[in_response]

@@ -67,7 +67,7 @@ class Microbatch:
 
 
 def pack(groups: Sequence[RolloutGroup], *, multiple: int = 1, pad_id: int = 0) -> Microbatch:
-    """Lay `groups` out in one row whose length is a multiple of `multiple` (the tensor degree, for sequence parallel)."""
+    """Lay `groups` out in one row. Its length is a multiple of `multiple`: the tensor degree, for sequence parallel."""
     ids: list[int] = []
     positions: list[np.ndarray] = []
     segments: list[Segment] = []

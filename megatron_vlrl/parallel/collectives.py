@@ -12,6 +12,11 @@ from numpy.typing import NDArray
 from megatron_vlrl.parallel.groups import Group
 
 
+def world_group() -> Group:
+    """All processes; torch.distributed must be initialised."""
+    return Group(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
+
+
 def barrier(group: Group) -> None:
     """Wait for every process of the group."""
     if group.size > 1:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Some processes and this one's place among them. A group of one needs no handle: its collectives are the identity."""
+    """Some processes, and this one's place. A group of one needs no handle: its collectives are the identity."""
 
     rank: int
     size: int
@@ -27,7 +27,7 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProcessGroups:
-    """tensor and pipeline: this replica's. data: the same shard of every replica. model: tensor x pipeline, one replica.
+    """tensor, pipeline: this replica's. data: the same shard of every replica. model: one replica, tensor x pipeline.
 
     Data ranks see different prompts; ranks of one `model` group see the same.
     """

@@ -1,6 +1,6 @@
 """Log-prob and entropy over a vocabulary that is split on the tensor group, in one pass over the logits.
 
-One MAX and one SUM all-reduce give both. The input is left as it was. Formulas: d log p = onehot - p, dH = -p (z - E[z]).
+One MAX and one SUM all-reduce give both. The input is left as it was. d log p = onehot - p, dH = -p (z - E[z]).
 U rows with logits, V vocabulary, R response tokens; several tokens may share a row (the first tokens of a group).
 """
 
@@ -23,7 +23,7 @@ class _LogProbEntropy(torch.autograd.Function):
     """(logits [U, V/tp], source [R], target [R]) -> (log_probs [R], entropies [U])."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, logits: Tensor, source: Tensor, target: Tensor, banned: Tensor, temperature: float, group: Group
     ) -> tuple[Tensor, Tensor]:
         scaled = logits.float() / temperature
@@ -49,7 +49,7 @@ class _LogProbEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropies: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropies: Tensor | None) -> tuple[Tensor | None, ...]:
         probs, scaled, mean, source, local, mine = ctx.saved_tensors
         grad = torch.zeros_like(probs)
         if grad_log_probs is not None:

@@ -63,7 +63,7 @@ class Updater:
             1, targets.task, torch.stack([entropies.detach() * counted, counted])
         )
         drift = ((log_probs.detach() - targets.old_log_probs) * counted).abs()
-        report = {name: value for name, value in sums.items()} | {"tokens": counted.sum()}
+        report = {**sums, "tokens": counted.sum()}
         for number, name in enumerate(self.task_names):
             report[f"entropy/{name}"], report[f"tokens/{name}"] = by_task[:, number]
         return loss, TokenReport(sums=report, maxima={"drift": drift.max()})

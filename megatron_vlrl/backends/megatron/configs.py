@@ -76,7 +76,7 @@ def text_config(
         mrope_section=list(text.mrope_section),
         pipeline_model_parallel_size=dims.pipeline,
         sequence_parallel=dims.sequence and dims.tensor > 1,
-        # The loss carries its global denominators: gradients are summed over microbatches and data ranks, never averaged.
+        # The loss carries its global denominators: gradients are summed over microbatches and ranks, never averaged.
         calculate_per_token_loss=True,
         **_common(dims, precision),
         **extra,

@@ -6,6 +6,7 @@ They run on CPU and CUDA alike, and allow sequence parallelism, which megatron-c
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -112,7 +113,7 @@ class ImageAttention(_CoreAttention):
     ) -> Tensor:
         """cu_seqlens_q holds the frames' borders."""
         borders = packed_seq_params.cu_seqlens_q.tolist()
-        sizes = [end - begin for begin, end in zip(borders[:-1], borders[1:], strict=True)]
+        sizes = [end - begin for begin, end in pairwise(borders)]
         if len(set(sizes)) == 1:
             shape = (len(sizes), sizes[0], *query.shape[1:])
             return self._attend(query.view(shape), key.view(shape), value.view(shape)).flatten(0, 1).flatten(1)
@@ -123,7 +124,7 @@ class ImageAttention(_CoreAttention):
 class DeepStackLayer(TransformerLayer):
     """A decoder layer that adds the vision tower's features after the first few layers.
 
-    They travel as TransformerBlock's `context`, [K, T, 1, D], zero at text, which full recompute checkpoints as an input.
+    They travel as TransformerBlock's `context`, [K, T, 1, D], zero at text; full recompute checkpoints it as an input.
     `first_feature` is the layer (from 0) that context[0] belongs to.
     """
 

@@ -60,6 +60,7 @@ class PackedRowGPT(GPTModel):
             hidden_states = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False
             )
+        assert packed_seq_params.logit_rows is not None, "a packed row says which of its rows need logits"
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits, _bias = self.output_layer(hidden_states.index_select(0, packed_seq_params.logit_rows), weight=weight)
         return logits.transpose(0, 1)

@@ -1,4 +1,4 @@
-"""AdamW through megatron-core: freezing and learning-rate factors by Hugging Face name, clipping, the non-finite guard."""
+"""AdamW through megatron-core: freezing and learning rates by Hugging Face name, clipping, the non-finite guard."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def build_optimizer(
     unscaled_decay = ParamKey(predicate=ParamPredicate(name="vector", fn=lambda param: param.dim() == 1))
     overrides: dict[ParamKey, ParamGroupOverride] = {unscaled_decay: ParamGroupOverride(wd_mult=0.0)}
     for factor in sorted(set(config.lr_scale.values()) - {1.0}):
-        overrides[key(factor)] = {"lr_mult": factor}  # type: ignore[typeddict-unknown-key]
+        overrides[key(factor)] = {"lr_mult": factor}
     options = MegatronOptimizerConfig(
         optimizer="adam",
         lr=1.0,

@@ -15,13 +15,13 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-from torch import nn
 
+from megatron_vlrl.backends.megatron.model import Qwen3VLStage
 from megatron_vlrl.parallel.groups import ProcessGroups
 from megatron_vlrl.runtime.children import die_with_parent
 
 
-def save(folder: Path, stage: nn.Module, optimizer: MegatronOptimizer, groups: ProcessGroups) -> None:
+def save(folder: Path, stage: Qwen3VLStage, optimizer: MegatronOptimizer, groups: ProcessGroups) -> None:
     """Write this rank's shards into `folder`; collective."""
     _prepare_writer()
     state = _shards(stage, optimizer, loading=False)
@@ -30,7 +30,7 @@ def save(folder: Path, stage: nn.Module, optimizer: MegatronOptimizer, groups: P
     dist_checkpointing.save(state, str(folder))
 
 
-def load(folder: Path, stage: nn.Module, optimizer: MegatronOptimizer, groups: ProcessGroups) -> None:
+def load(folder: Path, stage: Qwen3VLStage, optimizer: MegatronOptimizer, groups: ProcessGroups) -> None:
     """Restore what `save` wrote. The random state is restored at the same layout only: it belongs to ranks."""
     same_layout = dist_checkpointing.load_common_state_dict(str(folder))["layout"] == _layout(groups)
     state = _shards(stage, optimizer, loading=True)
@@ -44,7 +44,7 @@ def load(folder: Path, stage: nn.Module, optimizer: MegatronOptimizer, groups: P
         _set_random_state(loaded["random"])
 
 
-def _shards(stage: nn.Module, optimizer: MegatronOptimizer, *, loading: bool) -> dict[str, Any]:
+def _shards(stage: Qwen3VLStage, optimizer: MegatronOptimizer, *, loading: bool) -> dict[str, Any]:
     model = stage.sharded_state_dict()
     return {"model": model, "optimizer": optimizer.sharded_state_dict(model, is_loading=loading)}
 
@@ -87,4 +87,4 @@ def _prepare_writer() -> None:
         manager = SyncManager(ctx=get_context("spawn"))
         manager.start(initializer=die_with_parent)
         mcore_writer._results_queue = manager.Queue()
-        mcore_writer._results_manager = manager  # type: ignore[attr-defined]  # ends when it is collected
+        mcore_writer._results_manager = manager  # it ends when it is collected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,15 +21,16 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def parameters_by_global_name(stage: nn.Module) -> dict[str, nn.Parameter]:
-    """This rank's parameters by the names they have in the whole model, where layers are numbered through all stages."""
+    """This rank's parameters by their names in the whole model, where layers are numbered through all stages."""
     prefix = "language_model.decoder.layers."
-    layers = stage.language_model.decoder.layers
     named = {}
     for name, parameter in stage.named_parameters():
         if name.startswith(prefix):
             index, rest = name.removeprefix(prefix).split(".", 1)
-            name = f"{prefix}{layers[int(index)].layer_number - 1}.{rest}"
-        named[name] = parameter
+            layer: Any = stage.get_submodule(prefix + index)
+            named[f"{prefix}{layer.layer_number - 1}.{rest}"] = parameter
+        else:
+            named[name] = parameter
     return named
 
 
