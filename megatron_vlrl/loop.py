@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import asdict, replace
 from functools import partial
@@ -13,7 +14,7 @@ from megatron_vlrl.algorithms.schedules import learning_rate
 from megatron_vlrl.backends import BackendOptions, build_backend
 from megatron_vlrl.backends.protocol import UpdateResult
 from megatron_vlrl.checkpoint.export import export_model
-from megatron_vlrl.checkpoint.state import RunState, summary
+from megatron_vlrl.checkpoint.state import RunState, differences, summary
 from megatron_vlrl.checkpoint.store import CheckpointStore
 from megatron_vlrl.config.load import dump
 from megatron_vlrl.config.schema import Config
@@ -39,6 +40,7 @@ from megatron_vlrl.train.statistics import table_means, update_means
 from megatron_vlrl.train.update import Updater
 from megatron_vlrl.types import Prompt, StepStats
 
+_log = logging.getLogger(__name__)
 CONFIG_FILE = "config.yaml"
 STATE_FILE = "run_state.json"
 
@@ -136,9 +138,7 @@ class Run:
         if self.recorder:
             own = [result.values[rows_of(table, group)] for group in groups]
             self.recorder.rollouts(self.done, groups, rewards, own)
-        reasons = [update.skipped for update in updates if update.skipped]
-        if not updates:
-            reasons = ["no group has rewards that differ"]
+        reasons = [u.skipped for u in updates if u.skipped] if updates else ["no group has rewards that differ"]
         drift = {"mismatch_max": updates[0].maxima["drift"]} if updates and self.engine.needs_weights else {}
         return StepStats(
             step=self.done,
@@ -197,19 +197,19 @@ class Run:
         return result.mean >= config.stop_at and worst >= config.stop_at_each
 
     def _save(self) -> None:
-        state = RunState(
+        record = RunState(
             step=self.done,
             updates=self.updates,
             cursor=self.loader.state() | {"bad": self._bad_samples()},
             algorithm={"finished": self.finished},
             model=summary(self.renderer.spec),
             config=summary(self.config),
-        )
+        ).to_dict()
 
         def write(folder: Path) -> None:
             self.backend.save(folder)
             if self.groups.is_main:
-                (folder / STATE_FILE).write_text(json.dumps(state.to_dict()), encoding="utf-8")
+                (folder / STATE_FILE).write_text(json.dumps(record), encoding="utf-8")
 
         self.store.save(self.done, write, layout=asdict(self.groups.dims))
 
@@ -222,6 +222,8 @@ class Run:
         state = RunState.from_dict(raw, model=summary(self.renderer.spec))
         self.backend.load(folder)
         self.loader.restore(state.cursor)
+        for change in differences(state.config, summary(self.config)):
+            _log.warning("resuming with another setting: %s", change)
         self.updates, self.finished = state.updates, bool(state.algorithm["finished"])
         return state.step
 

@@ -15,8 +15,10 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_vlrl.backends.megatron.model import Qwen3VLStage
+from megatron_vlrl.errors import CheckpointError
 from megatron_vlrl.parallel.groups import ProcessGroups
 from megatron_vlrl.runtime.children import die_with_parent
 
@@ -27,7 +29,11 @@ def save(folder: Path, stage: Qwen3VLStage, optimizer: MegatronOptimizer, groups
     state = _shards(stage, optimizer, loading=False)
     state["random"] = _random_shard(_random_state(), groups)
     state["layout"] = _layout(groups)
-    dist_checkpointing.save(state, str(folder))
+    try:
+        dist_checkpointing.save(state, str(folder))
+    except CheckpointException as error:  # a BaseException; what failed is known on rank 0 alone
+        reasons = {str(failure[0]) for failure in error.failures.values()}
+        raise CheckpointError("; ".join(sorted(reasons)) or "another rank could not write its shards") from error
 
 
 def load(folder: Path, stage: Qwen3VLStage, optimizer: MegatronOptimizer, groups: ProcessGroups) -> None:
