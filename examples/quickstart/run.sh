@@ -41,6 +41,10 @@ fi
 part "reinforcement learning"
 $vlrl train --config examples/quickstart/rl.yaml run.seed="$seed" "$@"
 
+folder=$out
+for setting in "$@"; do
+  [[ $setting != run.folder=* ]] || folder=${setting#run.folder=}
+done
 part "done"
-echo "report:  $out/report.html"
-echo "model:   $out/hf"
+echo "report:  $folder/report.html"
+echo "model:   $folder/hf"

@@ -7,6 +7,7 @@ beside the source's config, tokenizer, processor, generation config and chat tem
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 import shutil
@@ -137,7 +138,11 @@ def _write_weights(folder: Path, weights: Iterator[tuple[str, torch.Tensor]], sh
 
 def _write_shard(folder: Path, number: int, shard: dict[str, torch.Tensor]) -> list[str]:
     """Write and empty `shard`; the names it held."""
-    save_file(shard, _shard_path(folder, number), metadata={"format": "pt"})
+    path = _shard_path(folder, number)
+    save_file(shard, path, metadata={"format": "pt"})
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)  # safetensors makes its files private; these are as readable as their neighbours
     names = list(shard)
     shard.clear()
     return names

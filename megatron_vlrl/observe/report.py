@@ -89,16 +89,20 @@ def _task_charts(metrics: Sequence[Record], evaluations: Sequence[Record]) -> st
 
 
 def _training_charts(metrics: Sequence[Record]) -> str:
+    """One chart for each metric; those of the tasks (`length/count`) share one, a line for each."""
     names = dict.fromkeys(key for record in metrics for key in record)
-    numbers = [name for name in names if name not in ("step", "time", "skipped", "counts")]
-    stages = [name for name in numbers if name.startswith("seconds/")]
-    rest = [
-        name for name in numbers if name not in _CURVES and not name.startswith(("seconds/", "reward/", "accuracy/"))
-    ]
+    hidden = ("step", "time", "skipped", "counts", *_CURVES)
+    families: dict[str, list[Series]] = {}
+    for name in (name for name in names if name not in hidden):
+        family, _, member = name.partition("/")
+        if family not in ("reward", "accuracy"):  # the tasks' own charts have them
+            families.setdefault(f"{family} by task" if member else family, []).append(
+                _curve(metrics, name, member or name)
+            )
+    seconds = families.pop("seconds by task", [])
     charts = [line_chart(title, [_curve(metrics, key, key)], limits=(0, 0)) for key, title in _CURVES.items()]
-    seconds = [_curve(metrics, name, name.partition("/")[2]) for name in stages]
     charts.append(line_chart("Seconds by stage", seconds, limits=(0, 0)))
-    charts += [line_chart(name, [_curve(metrics, name, name)]) for name in rest]
+    charts += [line_chart(title, series) for title, series in families.items()]
     return f'<div class="charts">{"".join(charts)}</div>'
 
 
