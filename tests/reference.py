@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_vlrl.backends import BackendOptions
 from megatron_vlrl.backends.protocol import TokenReport
@@ -17,6 +18,9 @@ from megatron_vlrl.models.qwen3_vl.render import Renderer
 from megatron_vlrl.packing import Microbatch, Targets, pack
 from megatron_vlrl.types import Rollout, RolloutGroup, Sampling
 from tests.tiny import sample
+
+if TYPE_CHECKING:
+    from transformers import Qwen3VLForConditionalGeneration
 
 IMAGES = [[(96, 64), (64, 96)], [], [(128, 64)], [(64, 64)], []]
 LENGTHS = [[5, 1, 9, 5], [4, 7, 2, 1], [6, 6, 3], [3, 8], [2, 5, 4, 4, 1]]
@@ -68,10 +72,26 @@ def objective(log_probs: Tensor, entropies: Tensor, old: Tensor, advantages: Ten
     return weights * (-surrogate + ENTROPY_WEIGHT * entropies)
 
 
-def hf_reference(folder: Path, groups: Sequence[RolloutGroup], sampling: Sampling) -> Reference:
-    """Padded rows through Qwen3VLForConditionalGeneration in float64, positions from its own get_rope_index.
+def renderer_and_sampling(folder: Path) -> tuple[Renderer, Sampling]:
+    """A distribution with a temperature and banned tokens."""
+    renderer = Renderer(folder, 4096)
+    sampling = Sampling(
+        n=1,
+        temperature=0.7,
+        max_new_tokens=8,
+        stop_token_ids=renderer.stop_token_ids,
+        banned_token_ids=renderer.banned_token_ids,
+    )
+    return renderer, sampling
 
-    float64, so that what a layout is measured against has no rounding of its own.
+
+def hf_scores(
+    folder: Path, groups: Sequence[RolloutGroup], sampling: Sampling
+) -> tuple[Tensor, Tensor, Qwen3VLForConditionalGeneration]:
+    """Log-probs and entropies, with gradient, of padded rows through transformers in float64, and the model.
+
+    Positions are those of its own get_rope_index. float64, so that what a layout is measured against has no
+    rounding of its own.
     """
     from transformers import Qwen3VLForConditionalGeneration
 
@@ -106,19 +126,19 @@ def hf_reference(folder: Path, groups: Sequence[RolloutGroup], sampling: Samplin
         part = log_softmax[row, start : start + len(rollout.token_ids)]
         picked.append(part.gather(1, torch.tensor(rollout.token_ids)[:, None])[:, 0])
         entropy.append(-(part.exp() * part).sum(-1))
-    log_probs, entropies = torch.cat(picked), torch.cat(entropy)
+    return torch.cat(picked), torch.cat(entropy), model
+
+
+def hf_reference(folder: Path, groups: Sequence[RolloutGroup], sampling: Sampling) -> Reference:
+    """The loss of one step and its gradients on the scores of `hf_scores`."""
+    log_probs, entropies, model = hf_scores(folder, groups, sampling)
+    lengths = torch.tensor([len(rollout.token_ids) for group in groups for rollout in group.rollouts])
     generator = torch.Generator().manual_seed(5)
     old = (log_probs.detach() + 0.3 * torch.randn(log_probs.shape, generator=generator)).float()
-    advantages = torch.randn(len(rows), generator=generator).repeat_interleave(
-        torch.tensor([len(rollout.token_ids) for _, rollout in rows])
-    )
+    advantages = torch.randn(len(lengths), generator=generator).repeat_interleave(lengths)
     weights = (torch.rand(log_probs.shape, generator=generator) + 0.5) / len(log_probs)
     shares = objective(log_probs, entropies, old, advantages, weights)
     shares.sum().backward()
-    gradients = {
-        name: parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-        for name, parameter in model.named_parameters()
-    }
     return Reference(
         log_probs=log_probs.detach(),
         entropies=entropies.detach(),
@@ -127,8 +147,21 @@ def hf_reference(folder: Path, groups: Sequence[RolloutGroup], sampling: Samplin
         weights=weights,
         loss=shares.detach().sum(),
         loss_scale=shares.detach().abs().sum(),
-        gradients=gradients,
+        gradients=gradients_of(model),
     )
+
+
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+    """By name; 0 where a parameter took no part."""
+    return {
+        name: parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+        for name, parameter in model.named_parameters()
+    }
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over norm of the value."""
+    return float((got - expected).norm() / expected.norm().clamp_min(1e-9))
 
 
 def make_microbatches(

@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vlrl.models.qwen3_vl.render import Renderer
-from megatron_vlrl.types import Sampling
 from tests.reference import (
     MICROBATCHES,
     Reference,
@@ -16,6 +14,8 @@ from tests.reference import (
     hf_reference,
     make_groups,
     make_microbatches,
+    relative,
+    renderer_and_sampling,
     token_loss,
 )
 from tests.spawn import run_ranks
@@ -36,24 +36,6 @@ def make_reference(folder: Path) -> None:
     """Write the padded reference beside the model, once for all layouts."""
     renderer, sampling = renderer_and_sampling(folder)
     torch.save(vars(hf_reference(folder, make_groups(renderer), sampling)), folder / "reference.pt")
-
-
-def renderer_and_sampling(folder: Path) -> tuple[Renderer, Sampling]:
-    """A distribution with a temperature and banned tokens."""
-    renderer = Renderer(folder, 4096)
-    sampling = Sampling(
-        n=1,
-        temperature=0.7,
-        max_new_tokens=8,
-        stop_token_ids=renderer.stop_token_ids,
-        banned_token_ids=renderer.banned_token_ids,
-    )
-    return renderer, sampling
-
-
-def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """Norm of the difference over norm of the value."""
-    return float((got - expected).norm() / expected.norm().clamp_min(1e-9))
 
 
 def compare(folder: Path, parallel: dict[str, object]) -> dict[str, float]:
