@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -47,35 +48,12 @@ SHAPES = {
 
 def make_model(folder: Path) -> None:
     """The quickstart's architecture with random weights, written as a Hugging Face folder."""
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from examples.quickstart.make_model import quickstart_config, random_model
+    from tools.train_tokenizer import train_tokenizer
 
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
-    text = {
-        "hidden_size": 128,
-        "intermediate_size": 384,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "vocab_size": 384,
-        "max_position_embeddings": 4096,
-        "rope_parameters": rope,
-        "tie_word_embeddings": True,
-    }
-    vision = {
-        "depth": 2,
-        "hidden_size": 64,
-        "intermediate_size": 192,
-        "num_heads": 4,
-        "out_hidden_size": 128,
-        "patch_size": 16,
-        "num_position_embeddings": 64,
-        "deepstack_visual_indexes": [0, 1],
-    }
-    ids = {"image_token_id": 383, "video_token_id": 382, "vision_start_token_id": 381, "vision_end_token_id": 380}
-    torch.manual_seed(0)
-    config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
-    Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer = train_tokenizer(["How many digits? <think>count</think><answer>3</answer>"] * 50, 330)
+    random_model(quickstart_config(tokenizer), tokenizer, seed=0).save_pretrained(folder)
 
 
 def make_groups(shape: Shape, folder: Path) -> list[RolloutGroup]:
@@ -90,7 +68,7 @@ def make_groups(shape: Shape, folder: Path) -> list[RolloutGroup]:
     image += [spec.vision_end_token_id]
     groups = []
     for position in range(shape.prompts):
-        words = random.integers(0, 370, shape.text).tolist()
+        words = random.integers(20, 300, shape.text).tolist()
         ids = (*words[: shape.text // 2], *image, *words[shape.text // 2 :])
         patches = random.standard_normal((int(np.prod(shape.grid)), spec.vision.patch_dim), dtype=np.float32)
         sample = Sample(
@@ -114,7 +92,7 @@ def make_groups(shape: Shape, folder: Path) -> list[RolloutGroup]:
 
 
 def _rollout(random: np.random.Generator, length: int) -> Rollout:
-    ids = tuple(random.integers(0, 370, length).tolist())
+    ids = tuple(random.integers(20, 300, length).tolist())
     log_probs = np.full(length, -6.0, np.float32)
     return Rollout(token_ids=ids, log_probs=log_probs, text="", finish_reason="length", weight_version=0)
 

@@ -166,7 +166,7 @@ class ObserveConfig:
 
     tensorboard: bool = True
     progress: bool = True
-    rollouts_every: int = 10  # steps between the rollouts kept for the report
+    rollouts_every: int = 10  # steps between the rollouts kept for the report; 0: only the first step's
     rollouts_kept: int = 5  # groups kept each time
     export: bool = True  # write hf/ at the end
 

@@ -43,7 +43,8 @@ class Recorder:
         advantages: Sequence[NDArray[np.float64]],
     ) -> None:
         """Keep the first groups of every `rollouts_every`-th step, and of the first."""
-        if step == 1 or step % self._config.rollouts_every == 0:
+        every = self._config.rollouts_every
+        if step == 1 or (every and step % every == 0):
             kept = self._config.rollouts_kept
             self._rollouts.write(step, groups[:kept], rewards[:kept], advantages[:kept])
 
