@@ -1,6 +1,6 @@
-"""The look of the report: one style sheet, light or dark as the reader's system asks; --c0 to --c7 colour curves."""
+"""The look of the report and of its charts, light or dark as the reader's system asks; --c0 to --c7 colour curves."""
 
-STYLE = """
+CHART_STYLE = """
 :root{color-scheme:light dark;--bg:#f6f7f9;--card:#fff;--ink:#1c2128;--muted:#667080;--line:#dfe3e8;
     --good:#dcf3e3;--bad:#fbe2e0;--alarm:#b3261e;--c0:#2563c9;--c1:#d9730d;--c2:#2b8a4b;--c3:#b83280;
     --c4:#7a52c7;--c5:#0e8a94;--c6:#a17a00;--c7:#6b7280}
@@ -9,6 +9,16 @@ STYLE = """
     --alarm:#ff8f86;--c0:#6aa5ff;--c1:#ffa454;--c2:#63cf8a;--c3:#f285bd;--c4:#b79bff;--c5:#4fd0da;--c6:#e0bb45;
     --c7:#a5afbd}
 }
+svg text{fill:var(--muted);font-size:11px}
+.grid{stroke:var(--line);stroke-width:1}
+polyline{fill:none;stroke:var(--c);stroke-linejoin:round}
+.line{stroke-width:2}
+.raw{stroke-width:1;opacity:.28}
+.dashed{stroke-dasharray:5 3}
+.dot{fill:var(--c);stroke:var(--card);stroke-width:1.5}
+"""
+
+_PAGE_STYLE = """
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:1240px;padding:24px 20px 60px;background:var(--bg);color:var(--ink);
     font:15px/1.5 system-ui,sans-serif}
@@ -25,13 +35,6 @@ nav a{margin-right:16px;color:var(--c0);text-decoration:none}
 .chart{margin:0;padding:12px 14px 8px}
 .chart figcaption{font-weight:600}
 .chart svg{display:block;width:100%;height:auto}
-svg text{fill:var(--muted);font-size:11px}
-.grid{stroke:var(--line);stroke-width:1}
-polyline{fill:none;stroke:var(--c);stroke-linejoin:round}
-.line{stroke-width:2}
-.raw{stroke-width:1;opacity:.28}
-.dashed{stroke-dasharray:5 3}
-.dot{fill:var(--c);stroke:var(--card);stroke-width:1.5}
 .legend{display:flex;flex-wrap:wrap;gap:2px 14px;margin:4px 0 0;padding:0;list-style:none;font-size:12.5px;
     color:var(--muted)}
 .legend b{color:var(--ink)}
@@ -61,3 +64,5 @@ td .text{display:block;min-width:220px}
   .group{grid-template-columns:1fr}
 }
 """
+
+STYLE = CHART_STYLE + _PAGE_STYLE

@@ -1,4 +1,4 @@
-"""Curves as inline SVG: series of points in, one <figure> out. Needs no script, no font and no network.
+"""Curves as SVG: series of points in, one <figure> or one file out. Needs no script, no font and no network.
 
 Colours come from the page's CSS variables --c0 to --c7, so that a chart follows the light or dark theme.
 """
@@ -10,9 +10,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_vlrl.observe.style import CHART_STYLE
+
 COLOURS = 8
 _WIDTH, _HEIGHT = 380, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 8, 22
+_LINE = 20  # height of a line of text in a chart file
 _MOST_POINTS = 400
 _SMOOTH_FROM = 30  # points; shorter curves are drawn as they are
 _LARGEST = 1e100  # beyond it the arithmetic of the scales could overflow; left out like NaN
@@ -76,13 +79,40 @@ def line_chart(title: str, series: Sequence[Series], *, limits: tuple[float, flo
     points = [point for one in series for point in one.known()]
     if not points:
         return f'<figure class="chart">{heading}<p class="muted">nothing recorded</p></figure>'
+    label = html.escape(f"{title}, by step", quote=True)
+    inside = _inside(series, points, limits)
+    picture = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">{inside}</svg>'
+    return f'<figure class="chart">{heading}{picture}{_legend(series)}</figure>'
+
+
+def chart_file(title: str, series: Sequence[Series], *, limits: tuple[float, float] | None = None) -> str:
+    """The same drawing as an SVG document of its own, with its colours; the legend names the curves alone.
+
+    Raises ValueError when there is no point to draw.
+    """
+    points = [point for one in series for point in one.known()]
+    if not points:
+        raise ValueError(f"nothing to draw under {title!r}")
+    height = _HEIGHT + 2 * _LINE
+    legend = []
+    for index, one in enumerate(series):
+        x = _LEFT + index * (_WIDTH - _LEFT - _RIGHT) / len(series)
+        style = f'style="fill:var(--c{index % COLOURS})"'
+        legend.append(f'<text x="{x:.1f}" y="{height - 6}" {style}>{html.escape(one.name)}</text>')
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{2 * _WIDTH}" '
+        'style="font-family:system-ui,sans-serif">'
+        f"<style>{CHART_STYLE}</style>"
+        f'<text x="{_LEFT}" y="14">{html.escape(title)}</text>'
+        f'<g transform="translate(0,{_LINE})">{_inside(series, points, limits)}</g>{"".join(legend)}</svg>\n'
+    )
+
+
+def _inside(series: Sequence[Series], points: Sequence[Point], limits: tuple[float, float] | None) -> str:
+    """Axes and curves."""
     x_span = _span([x for x, _ in points])
     y_span = _span([*(y for _, y in points), *(limits or ())])
-    parts = [_axes(x_span, y_span)]
-    parts += [_draw(one, index, x_span, y_span) for index, one in enumerate(series)]
-    label = html.escape(f"{title}, by step", quote=True)
-    picture = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
-    return f'<figure class="chart">{heading}{picture}{_legend(series)}</figure>'
+    return _axes(x_span, y_span) + "".join(_draw(one, index, x_span, y_span) for index, one in enumerate(series))
 
 
 def _span(values: Sequence[float]) -> tuple[float, float]:
