@@ -18,7 +18,7 @@ from megatron_vlrl.checkpoint.state import RunState, differences, summary
 from megatron_vlrl.checkpoint.store import CheckpointStore
 from megatron_vlrl.config.load import dump
 from megatron_vlrl.config.schema import Config
-from megatron_vlrl.data.loader import PromptLoader, held_out
+from megatron_vlrl.data.loader import PromptLoader, check_bad_samples, held_out
 from megatron_vlrl.data.stream import SampleStream
 from megatron_vlrl.models.qwen3_vl.render import Renderer
 from megatron_vlrl.observe.clock import Clock
@@ -75,7 +75,7 @@ class Run:
             world=self.groups.data.size,
         )
         self.tasks = stream.tasks
-        self.loader = PromptLoader(stream, self.renderer.render, config.data.max_bad_samples)
+        self.loader = PromptLoader(stream, self.renderer.render)
         self.updater = Updater(
             backend=self.backend,
             algorithm=config.algorithm,
@@ -115,7 +115,8 @@ class Run:
         config, clock = self.config, Clock()
         with clock("load"):
             prompts = self.loader.next(config.data.prompts_per_step)
-            bad = float(len(self._bad_samples()))
+            bad = self._bad_samples()
+            check_bad_samples(bad, config.data.max_bad_samples)
         with clock("rollout"):
             groups = generate_groups(self.engine, prompts, self.sampling, self.groups.model)
         with clock("reward"):
@@ -143,7 +144,7 @@ class Run:
         return StepStats(
             step=self.done,
             means=table_means(table, result) | (update_means(updates, self.tasks) if updates else {}),
-            scalars={"lr": lr, "updates": float(self.updates), "bad_samples": bad, **drift},
+            scalars={"lr": lr, "updates": float(self.updates), "bad_samples": float(len(bad)), **drift},
             seconds=clock.seconds,
             skipped="; ".join(reasons) or None,
         )

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_vlrl.data import manifest as manifests
 from megatron_vlrl.data.decode import decode_image
-from megatron_vlrl.data.loader import PromptLoader, held_out
+from megatron_vlrl.data.loader import PromptLoader, check_bad_samples, held_out
 from megatron_vlrl.data.stream import SampleStream, ShardReader
 from megatron_vlrl.errors import DataError, SampleError
 from megatron_vlrl.types import Prompt, Sample
@@ -168,7 +168,7 @@ def _bad_folder(tmp_path):
 
 
 def test_bad_samples_are_skipped_named_logged_once_and_not_replaced(tmp_path, caplog):
-    loader = PromptLoader(_stream(_bad_folder(tmp_path)), _render, max_bad=2)
+    loader = PromptLoader(_stream(_bad_folder(tmp_path)), _render)
     with caplog.at_level(logging.WARNING):
         first, second = loader.next(9), loader.next(9)
     assert len(first) == len(second) == 7
@@ -181,19 +181,21 @@ def test_bad_samples_are_skipped_named_logged_once_and_not_replaced(tmp_path, ca
 
 
 def test_over_budget_stops_with_a_summary(tmp_path):
-    loader = PromptLoader(_stream(_bad_folder(tmp_path)), _render, max_bad=1)
+    loader = PromptLoader(_stream(_bad_folder(tmp_path)), _render)
+    loader.next(9)
+    check_bad_samples(loader.bad, 2)
     with pytest.raises(DataError, match=r"2 samples .* data\.max_bad_samples=1") as error:
-        loader.next(9)
+        check_bad_samples(loader.bad, 1)
     assert "count-2: image of" in str(error.value)
     assert "count-5: train-000000.tar at byte" in str(error.value)
 
 
 def test_the_loader_resumes_with_what_was_bad(tmp_path):
     folder = _bad_folder(tmp_path)
-    loader = PromptLoader(_stream(folder), _render, max_bad=2)
+    loader = PromptLoader(_stream(folder), _render)
     loader.next(9)
     state = json.loads(json.dumps(loader.state()))
-    again = PromptLoader(_stream(folder), _render, max_bad=2)
+    again = PromptLoader(_stream(folder), _render)
     again.restore(state)
     assert again.bad == loader.bad
     assert [p.sample.key for p in again.next(9)] == [p.sample.key for p in loader.next(9)]
@@ -205,7 +207,7 @@ def test_an_error_of_the_program_is_not_taken_for_a_bad_sample(tmp_path):
         raise KeyError(sample.key)
 
     with pytest.raises(KeyError):
-        PromptLoader(_stream(make_shards(tmp_path, COUNTS)), render, max_bad=100).next(1)
+        PromptLoader(_stream(make_shards(tmp_path, COUNTS)), render).next(1)
 
 
 def test_held_out_takes_the_first_of_each_task(tmp_path):

@@ -23,23 +23,17 @@ class PromptLoader:
 
     A bad sample is not replaced: the step has one prompt less. A replacement would have to be drawn from later
     positions, so the positions of every later step would depend on which rank met which bad sample, and another
-    layout would train on other data. `max_bad` is the number of different keys this rank may skip.
+    layout would train on other data. bad: key -> reason, of what this rank has skipped.
     """
 
-    def __init__(self, stream: SampleStream, render: Callable[[Sample], Prompt], max_bad: int) -> None:
+    def __init__(self, stream: SampleStream, render: Callable[[Sample], Prompt]) -> None:
         self._stream = stream
         self._render = render
-        self._max_bad = max_bad
         self.bad: dict[str, str] = {}
 
     def next(self, count: int) -> list[Prompt]:
-        """Prompts of this rank among the next `count` global positions, in order; may be fewer, or none.
-
-        Raises DataError with a summary once more than `max_bad` samples were skipped.
-        """
+        """Prompts of this rank among the next `count` global positions, in order; may be fewer, or none."""
         prompts = [self._prompt(item) for item in self._stream.next(count)]
-        if len(self.bad) > self._max_bad:
-            raise DataError(self._summary())
         return [prompt for prompt in prompts if prompt is not None]
 
     def state(self) -> dict[str, Any]:
@@ -62,11 +56,16 @@ class PromptLoader:
             self.bad[error.key] = error.reason
             return None
 
-    def _summary(self) -> str:
-        lines = [f"  {key}: {reason}" for key, reason in list(self.bad.items())[:5]]
-        more = [f"  and {len(self.bad) - 5} more, each logged when it was skipped"] if len(self.bad) > 5 else []
-        head = f"{len(self.bad)} samples could not be used, more than data.max_bad_samples={self._max_bad} allows:"
-        return "\n".join([head, *lines, *more, "mend or remove them and prepare the shards again, or raise the limit"])
+
+def check_bad_samples(bad: Mapping[str, str], limit: int) -> None:
+    """Raise DataError with a summary where more samples were skipped than `limit`; `bad` is that of all ranks."""
+    if len(bad) <= limit:
+        return
+    lines = [f"  {key}: {reason}" for key, reason in list(bad.items())[:5]]
+    more = [f"  and {len(bad) - 5} more, each logged when it was skipped"] if len(bad) > 5 else []
+    head = f"{len(bad)} samples could not be used, more than data.max_bad_samples={limit} allows:"
+    fix = "mend or remove them and prepare the shards again, or raise the limit"
+    raise DataError("\n".join([head, *lines, *more, fix]))
 
 
 def held_out(folder: Path, per_task: int) -> list[Sample]:
