@@ -92,7 +92,7 @@ def errors_on_world() -> dict[tuple[str, str], list[float]]:
 def test_equal_to_a_dense_softmax(world: int) -> None:
     for rank in [errors(Group.single())] if world == 1 else run_ranks(errors_on_world, world):
         for case, values in rank.items():
-            assert max(values) < 5e-6, (case, values)
+            assert max(values) < 3e-6, (case, values)
 
 
 def test_a_logit_far_above_the_rest_stays_finite() -> None:
@@ -105,8 +105,8 @@ def test_a_logit_far_above_the_rest_stays_finite() -> None:
         temperature=1.0,
         group=Group.single(),
     )
-    torch.testing.assert_close(log_probs, torch.tensor([0.0, -1e4, -math.log(3)]), rtol=1e-6, atol=2e-3)
-    torch.testing.assert_close(entropies, torch.tensor([0.0, 0.0, math.log(3)]), rtol=1e-6, atol=2e-3)
+    torch.testing.assert_close(log_probs, torch.tensor([0.0, -1e4, -math.log(3)]), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(entropies, torch.tensor([0.0, 0.0, math.log(3)]), rtol=1e-6, atol=1e-6)
     (log_probs.sum() + entropies.sum()).backward()
     assert logits.grad is not None
     assert logits.grad.isfinite().all()

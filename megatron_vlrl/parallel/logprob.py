@@ -34,14 +34,15 @@ class _LogProbEntropy(torch.autograd.Function):
         local = local.clamp(0, width - 1)
         top = scaled.amax(dim=1)
         _all_reduce(top, dist.ReduceOp.MAX, group)
-        probs = (scaled - top[:, None]).exp_()
+        scaled.sub_(top[:, None])  # not only for exp: a peaked row's entropy is a small difference of its logits
+        probs = scaled.exp()
         picked = torch.where(mine, scaled[source, local], 0.0)
         sums = torch.cat([probs.sum(1), (probs * scaled).sum(1), picked])
         _all_reduce(sums, dist.ReduceOp.SUM, group)
         total, weighted, picked = sums.split([len(top), len(top), len(target)])
         probs.div_(total[:, None])
         mean = weighted / total
-        log_total = top + total.log()
+        log_total = total.log()
         ctx.save_for_backward(probs, scaled, mean, source, local, mine)
         ctx.temperature, ctx.dtype = temperature, logits.dtype
         ctx.set_materialize_grads(False)
