@@ -18,6 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_vlrl.config.checks import value_of
 from megatron_vlrl.config.load import keys, load
 from megatron_vlrl.config.schema import Config
 from megatron_vlrl.observe.metrics import METRICS_FILE, read_metrics
@@ -84,7 +85,7 @@ def find_runs(folders: Sequence[Path]) -> list[SeedRun]:
         raise ValueError(f"a seed came twice: {seeds}; give each run once")
     for run in found[1:]:
         recipe = [key for key in keys() if not key.startswith("run.")]
-        differing = [key for key in recipe if setting(run.config, key) != setting(found[0].config, key)]
+        differing = [key for key in recipe if value_of(run.config, key) != value_of(found[0].config, key)]
         if differing:
             raise ValueError(f"seeds {found[0].seed} and {run.seed} are of different recipes: {', '.join(differing)}")
     return found
@@ -98,14 +99,6 @@ def read_run(folder: Path) -> SeedRun:
         metrics=metrics,
         rows=summarize(metrics, read_evaluations(folder)).rows,
     )
-
-
-def setting(config: Config, key: str) -> Any:
-    """The value of a dotted key."""
-    value: Any = config
-    for name in key.split("."):
-        value = getattr(value, name)
-    return value
 
 
 # ------------------------------------------------------------------ Markdown

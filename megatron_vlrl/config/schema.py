@@ -14,9 +14,9 @@ from typing import Any, Literal
 class RunConfig:
     """Name, folder and seed of a run."""
 
-    name: str = "run"
+    name: str = "run"  # a label, kept in config.yaml
     folder: str = "runs/run"  # everything that the run writes lies under it
-    seed: int = 0
+    seed: int = 0  # of data order, sampling and whatever else is drawn
     resume: str = "never"  # never | auto (the last good checkpoint of this folder, if any) | a checkpoint folder
     threads: int = 1  # CPU threads of a process; part of what makes a resumed run bit-identical
 
@@ -26,8 +26,8 @@ class ModelConfig:
     """Which weights, held by which backend."""
 
     path: str = ""  # a Hugging Face folder: config, weights, tokenizer, processor
-    backend: str = "megatron"
-    provider: str = "local"  # layers of the megatron backend: local
+    backend: str = "megatron"  # a name in backends.BACKENDS
+    provider: Literal["local"] = "local"  # which layers the megatron backend is built of
     dtype: Literal["float32", "bfloat16"] = "float32"
     freeze: tuple[str, ...] = ()  # globs over Hugging Face parameter names
 
@@ -36,9 +36,9 @@ class ModelConfig:
 class ParallelConfig:
     """Degrees; their product is the number of processes."""
 
-    tensor: int = 1
-    pipeline: int = 1
-    data: int = 1
+    tensor: int = 1  # ranks that share every layer
+    pipeline: int = 1  # ranks that each hold some of the layers
+    data: int = 1  # replicas, each with its own prompts
     sequence: bool = True  # sequence parallel where tensor > 1
     timeout_seconds: float = 120.0  # of one collective
     recompute: Literal["none", "selective", "full"] = "none"
@@ -61,8 +61,8 @@ class RolloutConfig:
 
     engine: str = "transformers"  # a name in rollout.ENGINES
     samples_per_prompt: int = 8  # G
-    temperature: float = 1.0
-    max_new_tokens: int = 256
+    temperature: float = 1.0  # of sampling, and of the log-probs that are trained
+    max_new_tokens: int = 256  # the stop token included
     batch_prompts: int = 64  # prompts in one engine call
 
 
@@ -70,19 +70,19 @@ class RolloutConfig:
 class RewardConfig:
     """How named components become one total: (1 - format - length) * accuracy + format * format + length * length."""
 
-    format_weight: float = 0.1
-    length_weight: float = 0.0
+    format_weight: float = 0.1  # share of the format component
+    length_weight: float = 0.0  # share of the length component, for tasks with a band
     # task -> min, low, high, max tokens
     length_bands: Mapping[str, tuple[float, float, float, float]] = field(default_factory=dict)
-    length_unit: Literal["token", "char"] = "token"
-    length_only_if_correct: bool = False
+    length_unit: Literal["token", "char"] = "token"  # what bands count
+    length_only_if_correct: bool = False  # no length reward below accuracy 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdvantageConfig:
     """Rewards to advantages. `options` go to the function of that kind, which checks them."""
 
-    kind: str = "g2rpo"
+    kind: str = "g2rpo"  # a name in algorithms.ADVANTAGES
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -90,9 +90,9 @@ class AdvantageConfig:
 class LossConfig:
     """The token objective."""
 
-    kind: str = "ppo_clip"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    kind: str = "ppo_clip"  # a name in algorithms.losses.LOSSES
+    clip_low: float = 0.2  # a ratio counts down to 1 - clip_low
+    clip_high: float = 0.2  # and up to 1 + clip_high
     aggregation: Literal["sequence_mean", "token_mean"] = "sequence_mean"
 
 
@@ -100,7 +100,7 @@ class LossConfig:
 class EntropyConfig:
     """Entropy shaping; coefficient 0 turns it off."""
 
-    coefficient: float = 0.0
+    coefficient: float = 0.0  # weight of the term in the loss
     estimator: Literal["full", "nll"] = "full"
     bands: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # task -> min, max in nats
 
@@ -118,12 +118,12 @@ class AlgorithmConfig:
 class OptimizerConfig:
     """AdamW and its schedule."""
 
-    lr: float = 1e-6
+    lr: float = 1e-6  # the greatest learning rate
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    warmup_steps: int = 0
+    clip_norm: float = 1.0  # greatest norm of the whole gradient; 0: not clipped
+    warmup_steps: int = 0  # steps of linear rise to lr
     decay: Literal["constant", "linear", "cosine"] = "linear"
     final_ratio: float = 0.1  # of lr, reached at train.steps
     # glob over Hugging Face names -> factor; the last match counts
@@ -134,7 +134,7 @@ class OptimizerConfig:
 class TrainConfig:
     """How many steps, and how a step is cut."""
 
-    steps: int = 100
+    steps: int = 100  # of reinforcement learning: rollouts, rewards, update
     minibatches: int = 1  # optimizer updates from one step's rollouts
     microbatch_tokens: int = 8192  # packed tokens of one forward pass; one group is never split
 
@@ -144,7 +144,7 @@ class CheckpointConfig:
     """When to save and how many to keep."""
 
     every: int = 0  # steps; 0: only at the end
-    keep: int = 2
+    keep: int = 2  # the newest ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +152,7 @@ class EvaluateConfig:
     """Accuracy on shards, before, during or after training; never disturbs the run's random state."""
 
     data: str = ""  # folder of shards; empty: no evaluation
-    per_task: int = 128
+    per_task: int = 128  # items of each task, the first ones
     temperature: float = 0.0  # 0: greedy
     every: int = 0  # steps; 0: only before and after
     start: int = 0  # first step at which `every` counts
@@ -164,8 +164,8 @@ class EvaluateConfig:
 class ObserveConfig:
     """What a run shows and writes."""
 
-    tensorboard: bool = True
-    progress: bool = True
+    tensorboard: bool = True  # write event files
+    progress: bool = True  # show a line a step
     rollouts_every: int = 10  # steps between the rollouts kept for the report; 0: only the first step's
     rollouts_kept: int = 5  # groups kept each time
     export: bool = True  # write hf/ at the end

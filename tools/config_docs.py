@@ -1,0 +1,106 @@
+"""The schema in; docs/configuration.md's tables of every key out: type, default, and the comment beside it.
+
+python tools/config_docs.py         print them
+python tools/config_docs.py --write
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_type_hints
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_vlrl.algorithms import ADVANTAGES
+from megatron_vlrl.config import schema
+from megatron_vlrl.config.checks import value_of
+from megatron_vlrl.config.typed import describe
+from tools.pages import write_parts
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
+
+
+def comments(source: str) -> dict[tuple[str, str], str]:
+    """(class, field) -> the comment behind the field, or the whole line of comment above it."""
+    lines = source.splitlines()
+    found = {}
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for field in node.body:
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                behind = lines[field.lineno - 1][field.end_col_offset or 0 :].strip()
+                above = lines[field.lineno - 2].strip()
+                comment = behind if behind.startswith("#") else above if above.startswith("#") else ""
+                found[node.name, field.target.id] = comment.removeprefix("#").strip()
+    return found
+
+
+def sections(section: type, path: tuple[str, ...] = ()) -> Iterator[tuple[str, type, dict[str, Any]]]:
+    """(dotted name, class, its own keys with their annotations) for every section that has keys."""
+    hints = get_type_hints(section)
+    own = {name: hint for name, hint in hints.items() if not dataclasses.is_dataclass(hint)}
+    if own:
+        yield ".".join(path), section, own
+    for name, hint in hints.items():
+        if name not in own:
+            yield from sections(hint, (*path, name))
+
+
+def keys_part() -> str:
+    """A heading and a table for each section."""
+    notes = comments(inspect.getsource(schema))
+    parts = []
+    for name, section, own in sections(schema.Config):
+        rows = [
+            f"| `{name}.{key}` | {_cell(describe(hint))} | `{_default(f'{name}.{key}')}` "
+            f"| {_cell(notes[section.__name__, key])} |"
+            for key, hint in own.items()
+        ]
+        text = " ".join((section.__doc__ or "").split())
+        parts.append("\n".join([f"### {name}", "", text, "", "| key | type | default | |", "|---|---|---|---|", *rows]))
+    return "\n\n".join(parts)
+
+
+def options_part() -> str:
+    """The options of every kind of advantage, with their defaults."""
+    rows = []
+    for kind, method in ADVANTAGES.items():
+        known = inspect.signature(method).parameters.values()
+        options = [f"`{p.name}: {json.dumps(p.default)}`" for p in known if p.kind is p.KEYWORD_ONLY]
+        rows.append(f"| `{kind}` | {', '.join(options) or 'none'} |")
+    return "\n".join(["| kind | options and their defaults |", "|---|---|", *rows])
+
+
+def parts() -> Mapping[str, str]:
+    """All that is generated, by the part's name."""
+    return {"keys": keys_part(), "options": options_part()}
+
+
+def _default(key: str) -> str:
+    return json.dumps(value_of(schema.Config(), key))
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def main() -> None:
+    """Print, or write into the page."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--write", action="store_true", help="into docs/configuration.md")
+    if parser.parse_args().write:
+        write_parts(PAGE, parts())
+    else:
+        print("\n\n".join(parts().values()))
+
+
+if __name__ == "__main__":
+    main()
