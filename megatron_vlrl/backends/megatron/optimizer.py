@@ -90,7 +90,7 @@ def build_optimizer(
 
 
 def apply_update(optimizer: MegatronOptimizer, lr: float, clip_norm: float) -> tuple[float, bool]:
-    """Clip and update at `lr`. Returns (gradient norm over the whole model, whether it was finite).
+    """Clip to `clip_norm`, unless it is 0, and update at `lr`; (gradient norm over the whole model, whether finite).
 
     A non-finite norm leaves weights and optimizer untouched: the norm is the same on every rank, so all skip together.
     """
@@ -101,7 +101,7 @@ def apply_update(optimizer: MegatronOptimizer, lr: float, clip_norm: float) -> t
     if not math.isfinite(norm):
         return norm, False
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if part.get_parameters():
+        if clip_norm and part.get_parameters():
             clip_grad_by_total_norm_fp32(part.get_parameters(), clip_norm, norm)
     optimizer.step_with_ready_grads()
     return norm, True
