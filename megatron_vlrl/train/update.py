@@ -48,11 +48,12 @@ class Updater:
         targets, config = batch.targets, self.algorithm.loss
         assert targets is not None
         objective = resolve_name(config.kind, LOSSES, "algorithm.loss.kind")
+        kept = targets.counted > 0  # a filler's token would enter the sums that the objective reports
         loss, sums = objective(
-            log_probs,
-            targets.old_log_probs,
-            targets.advantages,
-            targets.weights,
+            log_probs[kept],
+            targets.old_log_probs[kept],
+            targets.advantages[kept],
+            targets.weights[kept],
             clip_low=config.clip_low,
             clip_high=config.clip_high,
         )
