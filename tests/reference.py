@@ -29,14 +29,22 @@ CLIP = (0.8, 1.28)
 ENTROPY_WEIGHT = 0.05
 
 
-def make_groups(renderer: Renderer) -> list[RolloutGroup]:
-    """Five groups: two, no, one, one, no images; ragged responses, one of a single token, and equal first tokens."""
+def make_groups(
+    renderer: Renderer,
+    images: Sequence[Sequence[tuple[int, int]]] = IMAGES,
+    lengths: Sequence[Sequence[int]] = LENGTHS,
+    tasks: Sequence[str] = ("count",) * len(LENGTHS),
+) -> list[RolloutGroup]:
+    """Groups with these image sizes and response lengths; each group's last response begins as its first does.
+
+    By default five: two, no, one, one, no images; ragged responses, some of a single token.
+    """
     random = np.random.default_rng(3)
     groups = []
-    for position, (images, lengths) in enumerate(zip(IMAGES, LENGTHS, strict=True)):
-        prompt = renderer.render(sample(position, images))
-        answers = [random.integers(20, 300, size=n).tolist() for n in lengths]
-        answers[1][0] = answers[0][0]
+    for position, (sizes, counts, task) in enumerate(zip(images, lengths, tasks, strict=True)):
+        prompt = renderer.render(sample(position, sizes, task=task))
+        answers = [random.integers(20, 300, size=n).tolist() for n in counts]
+        answers[-1][0] = answers[0][0]
         rollouts = tuple(
             Rollout(
                 token_ids=tuple(ids),
