@@ -21,7 +21,7 @@ def table_means(table: RewardTable, advantages: AdvantageResult) -> dict[str, Me
             means[f"{component}/{task}"] = _mean(table.components[rows, number])
         means[f"uniform/{task}"] = _mean(advantages.uniform[rows])
         means[f"tied/{task}"] = _mean(advantages.tied[rows])
-        means[f"failed/{task}"] = _mean(advantages.dropped[rows])
+        means[f"failed/{task}"] = _mean(np.isnan(table.total[rows]))
     return means | {"reward": _mean(table.total), "length": _mean(table.length)}
 
 
