@@ -22,6 +22,8 @@ from tests.tiny import sample
 if TYPE_CHECKING:
     from transformers import Qwen3VLForConditionalGeneration
 
+    from megatron_vlrl.backends.megatron.backend import MegatronBackend
+
 IMAGES = [[(96, 64), (64, 96)], [], [(128, 64)], [(64, 64)], []]
 LENGTHS = [[5, 1, 9, 5], [4, 7, 2, 1], [6, 6, 3], [3, 8], [2, 5, 4, 4, 1]]
 MICROBATCHES = [[0, 1, 2], [3, 4]]
@@ -214,3 +216,16 @@ def backend_options(folder: Path, sampling: Sampling, **parallel: object) -> Bac
         sampling=sampling,
         seed=0,
     )
+
+
+def local_state(backend: MegatronBackend) -> dict[str, Tensor]:
+    """Copies of this rank's shards of weights and of AdamW's moments and steps, by the whole model's names."""
+    moments = {}
+    for part in getattr(backend.optimizer, "chained_optimizers", [backend.optimizer]):
+        moments |= part.optimizer.state if part.optimizer is not None else {}
+    state = {}
+    for name, parameter in backend.weights.parameters.items():
+        state[name] = parameter.detach().clone()
+        for key, value in moments.get(parameter, {}).items():
+            state[f"{name} {key}"] = torch.as_tensor(value).clone()
+    return state

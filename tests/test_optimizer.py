@@ -1,0 +1,199 @@
+"""AdamW through megatron-core is torch's AdamW by Hugging Face name; bad names and non-finite steps change nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_vlrl.backends import Backend, build_backend
+from megatron_vlrl.backends.megatron.names import rules
+from megatron_vlrl.backends.megatron.optimizer import freeze, match_names
+from megatron_vlrl.backends.protocol import TokenReport
+from megatron_vlrl.config.schema import ModelConfig, OptimizerConfig
+from megatron_vlrl.errors import ConfigError
+from megatron_vlrl.packing import Microbatch, pack
+from megatron_vlrl.types import RolloutGroup
+from tests.reference import backend_options, local_state, make_groups, relative, renderer_and_sampling
+from tests.spawn import run_ranks
+from tests.spec import SPEC
+from tests.tiny import make_tiny
+
+CONFIG = OptimizerConfig(
+    betas=(0.8, 0.9),
+    eps=1e-3,  # so large that a gradient of nothing but rounding does not decide a step
+    weight_decay=0.3,
+    clip_norm=0.5,
+    lr_scale={"model.visual.*": 0.25, "model.visual.merger.*": 3.0, "*.layers.1.*": 0.5},
+)
+FREEZE = ("*.layers.0.*", "model.visual.pos_embed.weight")
+RATES = (1e-2, 2e-3, 5e-3)
+BAD = ("loss", "gradient")
+
+
+def frozen(name: str) -> bool:
+    return any(fnmatchcase(name, glob) for glob in FREEZE)
+
+
+def factor(name: str) -> float:
+    """The last glob that matches counts."""
+    return [1.0, *(value for glob, value in CONFIG.lr_scale.items() if fnmatchcase(name, glob))][-1]
+
+
+def mean_surprise(batch: Microbatch, log_probs: Tensor, entropies: Tensor) -> tuple[Tensor, TokenReport]:
+    return -log_probs.mean() + 0.1 * entropies.mean(), TokenReport(sums={}, maxima={})
+
+
+def spoilt(kind: str, *, here: bool) -> Callable[..., tuple[Tensor, TokenReport]]:
+    """On the rank that is `here`, a loss that is not finite, or a finite one whose gradient is not."""
+
+    def loss(batch: Microbatch, log_probs: Tensor, entropies: Tensor) -> tuple[Tensor, TokenReport]:
+        value, report = mean_surprise(batch, log_probs, entropies)
+        if here:
+            # The root's slope at 0 is infinite; its value is 0.
+            value = value * math.inf if kind == "loss" else value + (log_probs - log_probs.detach()).abs().sqrt().sum()
+        return value, report
+
+    return loss
+
+
+def torch_adamw(weights: dict[str, Tensor]) -> tuple[dict[str, torch.nn.Parameter], torch.optim.AdamW]:
+    """The same settings written out for each tensor: no decay of vectors, factors of the rate, frozen ones left out."""
+    parameters = {name: torch.nn.Parameter(weight.clone()) for name, weight in weights.items() if not frozen(name)}
+    groups = [
+        {
+            "params": [parameter],
+            "factor": factor(name),
+            "weight_decay": CONFIG.weight_decay if parameter.dim() > 1 else 0.0,
+        }
+        for name, parameter in parameters.items()
+    ]
+    return parameters, torch.optim.AdamW(groups, betas=CONFIG.betas, eps=CONFIG.eps)
+
+
+def copy_of(backend: Backend) -> dict[str, Tensor]:
+    return {name: weight.clone() for name, weight in backend.hf_weights()}
+
+
+def train(folder: Path, parallel: dict[str, int]) -> list[dict[str, Any]]:
+    """Three good steps, and bad ones before the last; after each, how far weights are from torch's."""
+    renderer, sampling = renderer_and_sampling(folder)
+    options = backend_options(folder, sampling, **parallel)
+    model = ModelConfig(path=str(folder), freeze=FREEZE)
+    backend = build_backend(replace(options, model=model, optimizer=CONFIG))
+    data = backend.groups.data
+    groups: list[RolloutGroup] = make_groups(renderer)
+    batches = [pack(groups[data.rank :: data.size], multiple=backend.groups.tensor.size)]
+    before = copy_of(backend)
+    parameters, reference = torch_adamw(before)
+    results = []
+    for number, rate in enumerate(RATES):
+        if number == 2:
+            results += [bad_step(backend, batches, kind) for kind in BAD]
+        update = backend.train_step(batches, mean_surprise, rate)
+        gradients = dict(backend.hf_gradients())
+        for group, (name, parameter) in zip(reference.param_groups, parameters.items(), strict=True):
+            group["lr"] = rate * group["factor"]
+            parameter.grad = gradients[name].clone()
+        reference.step()
+        after = copy_of(backend)
+        results.append(
+            {
+                "skipped": update.skipped,
+                "norm": update.grad_norm,
+                "clipped": float(torch.stack([gradients[name].norm() for name in parameters]).norm()),
+                "frozen": [name for name in before if frozen(name) and not torch.equal(before[name], after[name])],
+                "still": [name for name in parameters if torch.equal(before[name], after[name])],
+                "moved": {
+                    name: relative(after[name] - before[name], p.detach() - before[name])
+                    for name, p in parameters.items()
+                },
+            }
+        )
+    backend.close()
+    return results
+
+
+def bad_step(backend: Backend, batches: list[Microbatch], kind: str) -> dict[str, Any]:
+    """A step that is not finite on one data rank."""
+    before = local_state(backend)
+    update = backend.train_step(batches, spoilt(kind, here=backend.groups.data.rank == 1), 1e-2)
+    after = local_state(backend)
+    assert set(before) == set(after)
+    return {
+        "skipped": update.skipped,
+        "finite": math.isfinite(update.sums["loss"]),
+        "changed": [name for name in before if not torch.equal(before[name], after[name])],
+        "compared": len(before),
+    }
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
+    folder = make_tiny(tmp_path_factory.mktemp("model"), layers=3)
+    return run_ranks(train, 2, folder, {"data": 2})
+
+
+def test_three_steps_are_torchs_adamw(ranks: list[list[dict[str, Any]]]) -> None:
+    for steps in ranks:
+        good = [steps[index] for index in (0, 1, 4)]
+        for step in good:
+            assert step["skipped"] is None
+            assert step["norm"] > CONFIG.clip_norm
+            assert step["clipped"] == pytest.approx(CONFIG.clip_norm, rel=1e-5)
+            assert step["frozen"] == []
+            assert step["still"] == []
+            assert max(step["moved"].values()) < 1e-4, step["moved"]
+
+
+def test_the_settings_are_all_in_use() -> None:
+    names = [name for rule in rules(SPEC) for name in rule.hf]
+    assert {factor(name) for name in names if not frozen(name)} == {1.0, 0.25, 3.0, 0.5}
+    assert factor("model.visual.merger.norm.weight") == 3.0
+    assert any(frozen(name) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("number", "reason", "finite"), [(2, "non-finite loss", False), (3, "non-finite gradient", True)]
+)
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
+    ranks: list[list[dict[str, Any]]], number: int, reason: str, finite: bool
+) -> None:
+    for steps in ranks:
+        step = steps[number]
+        assert step["skipped"] == reason
+        assert step["finite"] == finite
+        assert step["changed"] == []
+        assert step["compared"] > 100
+
+
+def test_the_last_glob_that_matches_counts() -> None:
+    matched = match_names(["model.visual.*", "model.visual.merger.*"], rules(SPEC), key="optimizer.lr_scale")
+    assert matched["vision_model.merger.norm.weight"] == "model.visual.merger.*"
+    assert matched["vision_model.patch_embed.weight"] == "model.visual.*"
+    assert not [name for name in matched if name.startswith("language_model")]
+
+
+@pytest.mark.parametrize("key", ["optimizer.lr_scale", "model.freeze"])
+def test_a_name_that_matches_nothing_is_an_error(key: str) -> None:
+    with pytest.raises(ConfigError, match=r"matches no parameter.*model\.language_model\.embed_tokens") as caught:
+        match_names(["model.visual.*", "model.vision.*"], rules(SPEC), key=key)
+    assert str(caught.value).startswith(f"{key}: 'model.vision.*'")
+
+
+@pytest.mark.parametrize(
+    ("glob", "others"),
+    [("*.layers.1.self_attn.q_proj.weight", ["k_proj", "v_proj"]), ("*.mlp.gate_proj.*", ["up_proj"])],
+)
+def test_a_part_of_a_merged_parameter_is_an_error(glob: str, others: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        freeze({}, rules(SPEC), [glob])
+    for part in ("model.freeze", repr(glob), "match all of them or none", *others):
+        assert part in str(caught.value)
