@@ -63,7 +63,7 @@ class Backend(Protocol):
         ...
 
     def hf_gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """The gradients of the last update, by the same names and in the same way."""
+        """The gradients of the last update, after clipping, by the same names and in the same way."""
         ...
 
     def score(self, microbatches: Sequence[Microbatch]) -> list[TokenScores]:

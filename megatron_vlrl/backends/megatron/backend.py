@@ -87,7 +87,7 @@ class MegatronBackend:
         return self.weights.gather(lambda parameter: parameter)
 
     def hf_gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """The gradients that the last update used, before clipping."""
+        """The gradients that the last update used, after clipping (which is in place)."""
         return self.weights.gather(lambda parameter: getattr(parameter, "main_grad", torch.zeros_like(parameter)))
 
     def score(self, microbatches: Sequence[Microbatch]) -> list[TokenScores]:
