@@ -106,7 +106,6 @@ class Run:
                 self._save()
             if last or self.finished:
                 self._evaluate("after")
-                self.finished = True
                 self._save()
         return self._finish()
 

@@ -167,6 +167,19 @@ def test_without_resume_a_run_starts_anew_over_an_old_one(inputs, tmp_path):  # 
     assert differences(records(tmp_path / "run")[0], first[0], relative=0, absolute=0) == {}
 
 
+def test_a_finished_run_goes_on_when_more_steps_are_asked_for(inputs, tmp_path):  # noqa: F811
+    constant = {"lr": 1.0e-3, "decay": "constant"}  # a decay would depend on the number of steps
+    config = write_config(tmp_path / "run.yaml", inputs, run={"folder": str(tmp_path / "run")}, optimizer=constant)
+    run(train(config, "train.steps=4", f"run.folder={tmp_path / 'whole'}"), 1, tmp_path / "out").ok()
+    run(train(config, "train.steps=2"), 1, tmp_path / "out").ok()
+    end = run(train(config, "train.steps=4", "run.resume=auto"), 1, tmp_path / "out").ok()
+    assert records(tmp_path / "run") == records(tmp_path / "whole")
+    assert folder_bytes(tmp_path / "run/hf") == folder_bytes(tmp_path / "whole/hf")
+    labels = [(item["step"], item["label"]) for item in records(tmp_path / "run", "evaluation.jsonl")]
+    assert labels == [(0, "before"), (2, "after"), (4, "after")]
+    assert "train.steps: was 2, now 4" in end.err
+
+
 def test_what_cannot_go_on_is_refused_with_the_reason(killed, tmp_path):
     _, stopped = killed("tensor=2")
     config = _copy(stopped, tmp_path / "resumed")
