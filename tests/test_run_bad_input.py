@@ -132,6 +132,7 @@ def _children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_ends_the_run_and_is_named(config):
     launcher = cli(train(config, "parallel.tensor=2", "train.steps=100000", "checkpoint.every=0"))
     metrics = config.parent / "run/metrics.jsonl"
@@ -175,3 +176,26 @@ def test_a_full_disk_is_an_error_that_leaves_the_last_checkpoint(config, small_d
     run([*argv, f"run.folder={tmp_path / 'roomy'}"], size, tmp_path / "out").ok()
     assert [step["step"] for step in records(tmp_path / "roomy")] == [1, 2, 3, 4]
     assert folder_bytes(tmp_path / "roomy/checkpoints/step-00000002") == newest
+
+
+@pytest.mark.parametrize(("prompts", "size"), [pytest.param(1, 1, marks=pytest.mark.slow), (2, 2)])
+def test_a_step_whose_prompts_are_all_bad_is_passed(config, broken, tmp_path, prompts, size):
+    """One prompt a rank: with two ranks one of them has nothing in that step, with one the whole step is empty."""
+    steps = 40 // prompts
+    sizes = [
+        f"data.prompts_per_step={prompts}",
+        f"parallel.data={size}",
+        f"train.steps={steps}",
+        "observe.export=false",
+    ]
+    run(train(config, f"data.train={broken}", *sizes), size, tmp_path / "out").ok()
+    told = records(config.parent / "run")
+    assert [step["step"] for step in told] == list(range(1, steps + 1))
+    assert told[-1]["bad_samples"] == 1
+    counts = [step["counts"]["reward"] for step in told]
+    assert sorted(counts) == [4 * prompts - 4] + [4 * prompts] * (steps - 1)
+    at = counts.index(4 * prompts - 4)
+    assert told[at]["bad_samples"] == 1
+    if size == 1:
+        assert told[at]["skipped"] == "no group has rewards that differ"
+    assert told[-1]["updates"] > steps // 2
