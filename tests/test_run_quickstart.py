@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -43,3 +44,11 @@ def test_reinforcement_learning_starts_where_the_warm_start_ends() -> None:
     assert Path(rl.model.path) == Path(warm.run.folder) / "hf"
     assert rl.data.train == warm.data.train
     assert rl.evaluate.data != rl.data.train
+
+
+def test_the_shaping_variants_settings_pass_every_check() -> None:
+    words = shlex.split((FOLDER / "shaping.sh").read_text(), comments=True)
+    overrides = [word for word in words if re.match(r"[a-z_]+(\.[a-z_]+)+=", word)]
+    config = read_settings(FOLDER / "rl.yaml", overrides, ())
+    assert set(config.reward.length_bands) == set(config.algorithm.entropy.bands) == set(TASKS)
+    assert config.run.folder != read_settings(FOLDER / "rl.yaml", [], ()).run.folder
