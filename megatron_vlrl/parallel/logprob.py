@@ -1,11 +1,15 @@
-"""Log-prob and entropy over a vocabulary that is split on the tensor group, in one pass over the logits.
+"""The language model's head, log-prob and entropy in one function: hidden rows in, log-probs of tokens out.
 
-One MAX and one SUM all-reduce give both. The input is left as it was. d log p = onehot - p, dH = -p (z - E[z]).
-U rows with logits, V vocabulary, R response tokens; several tokens may share a row (the first tokens of a group).
+The vocabulary is split on the tensor group. Rows are taken a chunk at a time: logits of one chunk are all that exists
+at once, in the forward pass and, computed anew, in the backward. One MAX and one SUM all-reduce a chunk give log-prob
+and entropy together. d log p = onehot - p, dH = -p (z - E[z]).
+U rows with logits, D hidden size, V vocabulary, R response tokens; several tokens may share a row (a group's first).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,63 +21,137 @@ from megatron_vlrl.parallel.groups import Group
 
 # Far below any logit, yet finite: 0 * z stays 0 where a banned token's probability is 0.
 _BANNED = -1e30
+_CHUNK_NUMBERS = 2**26  # logits of a chunk, 256 MiB in float32
+_BLOCK_COLUMNS = 4096  # what element-wise work copies at a time
 
 
-class _LogProbEntropy(torch.autograd.Function):
-    """(logits [U, V/tp], source [R], target [R]) -> (log_probs [R], entropies [U])."""
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """What turns hidden rows into scaled logits on this rank."""
+
+    weight: Tensor
+    banned: Tensor
+    temperature: float
+    group: Group
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32[c, V/tp] of the sampling distribution, in memory of its own."""
+        scaled = (hidden @ self.weight.t()).float()
+        if self.temperature != 1.0:
+            scaled.div_(self.temperature)
+        return scaled.index_fill_(1, self.banned, _BANNED)
+
+    def reduce(self, value: Tensor, op: Any) -> None:
+        """All-reduce over the tensor group, in place."""
+        if self.group.size > 1:
+            dist.all_reduce(value, op=op, group=self.group.handle)
+
+
+def _blocks(scaled: Tensor) -> Iterator[Tensor]:
+    yield from scaled.split(_BLOCK_COLUMNS, dim=1)
+
+
+def _totals(scaled: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over this rank's columns of exp(z) and of exp(z) z."""
+    total, weighted = torch.zeros(2, len(scaled), device=scaled.device).unbind()
+    for block in _blocks(scaled):
+        share = block.exp()
+        total += share.sum(1)
+        weighted += share.mul_(block).sum(1)
+    return total, weighted
+
+
+class _HeadLogProb(torch.autograd.Function):
+    """(hidden [U, D], weight [V/tp, D], source [R], target [R]) -> (log_probs [R], entropies [U])."""
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, source: Tensor, target: Tensor, banned: Tensor, temperature: float, group: Group
+        ctx: Any, hidden: Tensor, weight: Tensor, source: Tensor, target: Tensor, head: _Head, rows: int
     ) -> tuple[Tensor, Tensor]:
-        scaled = logits.float() / temperature
-        scaled.index_fill_(1, banned, _BANNED)
-        width = scaled.size(1)
-        local = target - group.rank * width
+        """`source` ascends: the tokens of a chunk's rows are one run of it."""
+        width = len(weight)
+        local = target - head.group.rank * width
         mine = (local >= 0) & (local < width)
         local = local.clamp(0, width - 1)
-        top = scaled.amax(dim=1)
-        _all_reduce(top, dist.ReduceOp.MAX, group)
-        scaled.sub_(top[:, None])  # not only for exp: a peaked row's entropy is a small difference of its logits
-        probs = scaled.exp()
-        picked = torch.where(mine, scaled[source, local], 0.0)
-        sums = torch.cat([probs.sum(1), (probs * scaled).sum(1), picked])
-        _all_reduce(sums, dist.ReduceOp.SUM, group)
-        total, weighted, picked = sums.split([len(top), len(top), len(target)])
-        probs.div_(total[:, None])
-        mean = weighted / total
-        log_total = total.log()
-        ctx.save_for_backward(probs, scaled, mean, source, local, mine)
-        ctx.temperature, ctx.dtype = temperature, logits.dtype
+        picked = torch.empty(len(source), device=hidden.device)
+        top, total, mean = torch.empty(3, len(hidden), device=hidden.device).unbind()
+        for chunk, tokens in _chunks(source, len(hidden), rows):
+            scaled = head.logits(hidden[chunk])
+            top[chunk] = scaled.amax(1)
+            head.reduce(top[chunk], dist.ReduceOp.MAX)
+            scaled.sub_(
+                top[chunk, None]
+            )  # not only for exp: a peaked row's entropy is a small difference of its logits
+            own = scaled[source[tokens] - chunk.start, local[tokens]].masked_fill_(~mine[tokens], 0.0)
+            sums = torch.cat([*_totals(scaled), own])
+            count = len(scaled)
+            del scaled  # before the next chunk's
+            head.reduce(sums, dist.ReduceOp.SUM)
+            total[chunk], picked[tokens] = sums[:count], sums[2 * count :]
+            mean[chunk] = sums[count : 2 * count] / sums[:count]
+        ctx.save_for_backward(hidden, weight, source, local, mine, top, total, mean)
+        ctx.head, ctx.rows = head, rows
         ctx.set_materialize_grads(False)
+        log_total = total.log()
         return picked - log_total[source], log_total - mean
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropies: Tensor | None) -> tuple[Tensor | None, ...]:
-        probs, scaled, mean, source, local, mine = ctx.saved_tensors
-        grad = torch.zeros_like(probs)
-        if grad_log_probs is not None:
-            row_grad = torch.zeros_like(mean).index_add_(0, source, grad_log_probs)
-            grad.addcmul_(probs, row_grad[:, None], value=-1)
-            grad.index_put_((source, local), torch.where(mine, grad_log_probs, 0.0), accumulate=True)
-        if grad_entropies is not None:
-            grad -= probs * (scaled - mean[:, None]) * grad_entropies[:, None]
-        return (grad / ctx.temperature).to(ctx.dtype), None, None, None, None, None
+        hidden, weight, source, local, mine, top, total, mean = ctx.saved_tensors
+        head: _Head = ctx.head
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        by_token = torch.zeros(len(source), device=hidden.device) if grad_log_probs is None else grad_log_probs
+        by_row = torch.zeros_like(mean).index_add_(0, source, by_token)
+        by_entropy = torch.zeros_like(mean) if grad_entropies is None else grad_entropies
+        for chunk, tokens in _chunks(source, len(hidden), ctx.rows):
+            scaled = head.logits(hidden[chunk]).sub_(top[chunk, None])
+            for block in _blocks(scaled):  # becomes the gradient, in place
+                prob = block.exp().div_(total[chunk, None])
+                if grad_entropies is None:
+                    block.copy_(prob).mul_(-by_row[chunk, None])
+                else:
+                    block.sub_(mean[chunk, None]).mul_(by_entropy[chunk, None]).add_(by_row[chunk, None])
+                    block.mul_(prob).neg_()
+            places = (source[tokens] - chunk.start, local[tokens])
+            scaled.index_put_(places, by_token[tokens].masked_fill(~mine[tokens], 0.0), accumulate=True)
+            grad = scaled.div_(head.temperature).to(hidden.dtype)
+            torch.mm(grad, weight, out=grad_hidden[chunk])
+            grad_weight.addmm_(grad.t(), hidden[chunk])
+            del scaled, grad, block, prob  # before the next chunk's
+        head.reduce(grad_hidden, dist.ReduceOp.SUM)
+        return grad_hidden, grad_weight, None, None, None, None
 
 
-def _all_reduce(value: Tensor, op: Any, group: Group) -> None:
-    if group.size > 1:
-        dist.all_reduce(value, op=op, group=group.handle)
+def _chunks(source: Tensor, count: int, rows: int) -> Iterator[tuple[slice, slice]]:
+    """(rows, tokens) of each chunk of `rows` rows; `source` ascends."""
+    starts = torch.arange(0, count, rows, device=source.device)
+    borders = [*torch.searchsorted(source, starts).tolist(), len(source)]
+    for number, start in enumerate(range(0, count, rows)):
+        yield slice(start, min(start + rows, count)), slice(borders[number], borders[number + 1])
 
 
-def log_probs_and_entropies(
-    logits: Tensor, source: Tensor, target: Tensor, *, banned: Tensor, temperature: float, group: Group
+def head_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    source: Tensor,
+    target: Tensor,
+    *,
+    banned: Tensor,
+    temperature: float,
+    group: Group,
+    chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob and entropy of the sampling distribution for each response token, both float32[R], in nats.
 
-    logits: [U, V/tp], this rank's slice of the vocabulary. source: int64[R], row of each token. target: int64[R],
-    global ids. banned: int64 local columns that the sampler can't draw. temperature divides the logits.
+    hidden: [U, D], whole on every rank of the tensor group; its gradient is summed over the group. weight: [V/tp, D],
+    this rank's rows of the head. source: int64[R], row of each token. target: int64[R], global ids. banned: int64 local
+    columns that the sampler can't draw. temperature divides the logits. chunk_rows: rows whose logits exist at once;
+    None: as many as fit 256 MiB.
     """
-    log_probs, entropies = _LogProbEntropy.apply(logits, source, target, banned, temperature, group)
-    return log_probs, entropies[source]
+    rows = chunk_rows or max(1, _CHUNK_NUMBERS // len(weight))
+    order = torch.argsort(source, stable=True)
+    back = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
+    head = _Head(weight.detach(), banned, temperature, group)
+    log_probs, entropies = _HeadLogProb.apply(hidden, weight, source[order], target[order], head, rows)
+    return log_probs[back], entropies[source]

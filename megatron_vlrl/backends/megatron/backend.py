@@ -30,7 +30,7 @@ from megatron_vlrl.models.qwen3_vl.names import hf_shapes
 from megatron_vlrl.packing import Microbatch
 from megatron_vlrl.parallel.collectives import broadcast_object, gather_rows, sum_over
 from megatron_vlrl.parallel.dims import ParallelDims
-from megatron_vlrl.parallel.logprob import log_probs_and_entropies
+from megatron_vlrl.parallel.logprob import head_log_probs
 
 # What the loss function hands to megatron-core's schedule: loss, a token count that we do not use, and a report.
 _LossOutput = tuple[Tensor, Tensor, dict[str, Any]]
@@ -139,11 +139,12 @@ class MegatronBackend:
 
         def forward(batches: Iterator[Microbatch], model: Any) -> tuple[Tensor, Any]:
             batch = next(batches)
-            logits = model(batch)
+            output = model(batch)
 
-            def finish(logits: Tensor) -> _LossOutput:
-                log_probs, entropies = log_probs_and_entropies(
-                    logits[0],
+            def finish(hidden: Tensor) -> _LossOutput:
+                log_probs, entropies = head_log_probs(
+                    hidden[:, 0],
+                    self.stage.language_model.head_weight(),
                     batch.source,
                     batch.target_ids,
                     banned=self._banned,
@@ -153,7 +154,7 @@ class MegatronBackend:
                 output: _LossOutput = loss(batch, log_probs, entropies)
                 return output
 
-            return logits, finish
+            return output, finish
 
         with cpu.on_device():
             reports: list[dict[str, Any]] = get_forward_backward_func()(

@@ -42,28 +42,26 @@ class InterleavedMRoPE(nn.Module):
 
 
 class PackedRowGPT(GPTModel):
-    """GPTModel whose head runs on the rows that predict a response token only."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.post_process and self.config.sequence_parallel:
-            # Rows are selected from the gathered sequence, so the head is a plain column-parallel layer.
-            self.output_layer.sequence_parallel = False
-            self.output_layer.allreduce_dgrad = True
+    """GPTModel that ends with the hidden rows that predict a response token: the head belongs to the log-prob."""
 
     def _postprocess(self, hidden_states: Tensor, *_: Any, packed_seq_params: PackedRowParams, **__: Any) -> Tensor:
-        """[T(/tp), 1, D] -> logits [1, U, V/tp] on the last stage, the hidden states elsewhere."""
+        """[T(/tp), 1, D] -> hidden rows [U, 1, D] on the last stage, whole on each tensor rank; else as they are."""
         if not self.post_process:
             return hidden_states
         if self.config.sequence_parallel:
-            # The head's backward has already summed over the tensor group: here each rank only keeps its part.
+            # The log-prob's backward has already summed over the tensor group: here each rank only keeps its part.
             hidden_states = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False
             )
         assert packed_seq_params.logit_rows is not None, "a packed row says which of its rows need logits"
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _bias = self.output_layer(hidden_states.index_select(0, packed_seq_params.logit_rows), weight=weight)
-        return logits.transpose(0, 1)
+        return hidden_states.index_select(0, packed_seq_params.logit_rows)
+
+    def head_weight(self) -> Tensor:
+        """[V/tp, D], this rank's rows of the language model's head; last stage only."""
+        if self.share_embeddings_and_output_weights:
+            weight: Tensor = self.shared_embedding_or_output_weight()
+            return weight
+        return self.output_layer.weight
 
 
 class Qwen3VLStage(MegatronModule):
@@ -125,7 +123,7 @@ class Qwen3VLStage(MegatronModule):
         self.language_model.set_input_tensor(received)
 
     def forward(self, batch: Microbatch) -> Tensor:
-        """Logits [1, U, V/tp] on the last stage; what the next stage needs elsewhere."""
+        """Hidden rows [U, 1, D] that need logits on the last stage; what the next stage needs elsewhere."""
         embedded, features = self._embed(batch) if self.pre_process else (None, self._features)
         length = len(batch.input_ids)
         border = torch.tensor(
