@@ -28,6 +28,7 @@ LAYOUTS = {
     "pp2": {"pipeline": 2},
     "dp2": {"data": 2},
     "tp2 sp recompute": {"tensor": 2, "recompute": "full"},
+    "pp2 vpp2": {"pipeline": 2, "virtual_pipeline": 2},
     "tp2 sp pp2": {"tensor": 2, "pipeline": 2},
 }
 
@@ -87,6 +88,6 @@ def test_layout_equals_transformers(name: str, tied: bool, folders: dict[bool, P
     world = 1
     for degree in ("tensor", "pipeline", "data"):
         world *= int(parallel.get(degree, 1))
-    for errors in run_ranks(compare, world, folders[tied], parallel):
+    for errors in run_ranks(compare, world, folders[tied], parallel, timeout=40):
         print(name, "tied" if tied else "untied", {key: f"{value:.1e}" for key, value in errors.items()})
         assert max(errors.values()) < 1e-5, errors

@@ -24,10 +24,14 @@ def check_layout(spec: Qwen3VLSpec, dims: ParallelDims) -> None:
             f"parallel.tensor={dims.tensor} does not divide {', '.join(wrong)}; use a divisor of all, "
             "or pad the vocabulary rows of the model folder"
         )
-    if spec.text.layers % dims.pipeline:
+    stages = dims.pipeline * dims.virtual
+    if dims.virtual > 1 and dims.pipeline == 1:
+        problems.append(f"parallel.virtual_pipeline={dims.virtual} interleaves pipeline stages, but there is one rank")
+    if spec.text.layers % stages:
         problems.append(
-            f"parallel.pipeline={dims.pipeline} does not divide {spec.text.layers} layers; "
-            f"use one of {[n for n in range(1, spec.text.layers + 1) if spec.text.layers % n == 0]}"
+            f"parallel.pipeline={dims.pipeline} x virtual_pipeline={dims.virtual} does not divide "
+            f"{spec.text.layers} layers; use a product out of "
+            f"{[n for n in range(1, spec.text.layers + 1) if spec.text.layers % n == 0]}"
         )
     if problems:
         raise ConfigError("; ".join(problems) + f" ({dims.product})")

@@ -41,6 +41,7 @@ class ParallelConfig:
     data: int = 1  # replicas, each with its own prompts
     sequence: bool = True  # sequence parallel where tensor > 1
     timeout_seconds: float = 120.0  # of one collective
+    virtual_pipeline: int = 1  # chunks of layers that each pipeline rank holds, interleaved
     recompute: Literal["none", "selective", "full"] = "none"
 
 

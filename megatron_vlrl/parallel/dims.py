@@ -9,15 +9,19 @@ from megatron_vlrl.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelDims:
-    """tensor x pipeline x data = world. `sequence` splits the token axis over the tensor group."""
+    """tensor x pipeline x data = world. `sequence` splits the token axis over the tensor group.
+
+    virtual: chunks of layers on each pipeline rank; a model has pipeline x virtual stages.
+    """
 
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
     sequence: bool = False
+    virtual: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("tensor", "pipeline", "data"):
+        for name in ("tensor", "pipeline", "data", "virtual"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"parallel.{name} is {getattr(self, name)}; a degree is 1 or more")
 

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_vlrl.algorithms.weights import token_weights
-from megatron_vlrl.types import AdvantageResult, Message, Prompt, RewardTable, Rollout, RolloutGroup, Sample
+from megatron_vlrl.packing import filler_group
+from megatron_vlrl.types import AdvantageResult, RewardTable, RolloutGroup
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,15 +40,7 @@ class Minibatch:
 
 def filler() -> TrainGroup:
     """A group of two tokens without any effect, for a rank that has nothing to learn from while others have."""
-    sample = Sample(
-        key="filler", task="", messages=(Message(role="user", content=""),), images=(), answer=None, position=-1
-    )
-    prompt = Prompt(sample=sample, token_ids=(0,), positions=np.zeros((3, 1), np.int64), grids=(), patches=())
-    rollout = Rollout(
-        token_ids=(0,), log_probs=np.zeros(1, np.float32), text="", finish_reason="stop", weight_version=0
-    )
-    group = RolloutGroup(prompt=prompt, rollouts=(rollout,))
-    return TrainGroup(group=group, advantages=np.zeros(1), weights=np.zeros(1), task=0, counted=False)
+    return TrainGroup(group=filler_group(), advantages=np.zeros(1), weights=np.zeros(1), task=0, counted=False)
 
 
 def rows_of(table: RewardTable, group: RolloutGroup) -> slice:

@@ -22,12 +22,13 @@ from megatron_vlrl.backends.megatron.groups import initialise
 from megatron_vlrl.backends.megatron.model import Qwen3VLStage
 from megatron_vlrl.backends.megatron.names import rules
 from megatron_vlrl.backends.megatron.optimizer import apply_update, build_optimizer, freeze
+from megatron_vlrl.backends.megatron.pipeline import VaryingShapeP2P, backward_group
 from megatron_vlrl.backends.megatron.weights import WeightMap
 from megatron_vlrl.backends.protocol import TokenLoss, TokenScores, UpdateResult
 from megatron_vlrl.models.hf_files import HFWeights
 from megatron_vlrl.models.qwen3_vl.config import Qwen3VLSpec
 from megatron_vlrl.models.qwen3_vl.names import hf_shapes
-from megatron_vlrl.packing import Microbatch
+from megatron_vlrl.packing import Microbatch, filler_group, pack
 from megatron_vlrl.parallel.collectives import broadcast_object, gather_rows, sum_over
 from megatron_vlrl.parallel.dims import ParallelDims
 from megatron_vlrl.parallel.logprob import head_log_probs
@@ -44,7 +45,11 @@ class MegatronBackend:
         cpu.install()
         parallel, spec = options.parallel, Qwen3VLSpec.load(options.folder)
         dims = ParallelDims(
-            tensor=parallel.tensor, pipeline=parallel.pipeline, data=parallel.data, sequence=parallel.sequence
+            tensor=parallel.tensor,
+            pipeline=parallel.pipeline,
+            data=parallel.data,
+            sequence=parallel.sequence,
+            virtual=parallel.virtual_pipeline,
         )
         check_layout(spec, dims)
         self.options, self.spec = options, spec
@@ -54,23 +59,22 @@ class MegatronBackend:
         text = text_config(spec, dims, precision, parallel.recompute)
         text.finalize_model_grads_func = _finalize_sums
         with cpu.on_device():
-            self.stage = Qwen3VLStage(
-                spec,
-                text,
-                vision_config(spec, dims, precision),
-                process_groups,
-                first=self.groups.pipeline.rank == 0,
-                last=self.is_last_stage,
-            )
+            vision = vision_config(spec, dims, precision)
+            self.chunks = [Qwen3VLStage(spec, text, vision, process_groups, chunk=n) for n in range(dims.virtual)]
             table = rules(spec)
-            self.weights = WeightMap.build(table, hf_shapes(spec), self.stage, self.groups)
+            self.weights = WeightMap.build(table, hf_shapes(spec), self.chunks, self.groups)
             self.weights.load(HFWeights(options.folder))
             freeze(self.weights.parameters, table, options.model.freeze)
-            self.wrapped = DistributedDataParallel(
-                text, DistributedDataParallelConfig(grad_reduce_in_fp32=True), self.stage
-            )
+            ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+            self.wrapped = [
+                DistributedDataParallel(text, ddp, chunk, disable_bucketing=number > 0)
+                for number, chunk in enumerate(self.chunks)
+            ]
             bf16 = precision.dtype == torch.bfloat16
             self.optimizer = build_optimizer(self.wrapped, self.weights.parameters, table, options.optimizer, bf16=bf16)
+        self._schedule = get_forward_backward_func()
+        self._p2p = VaryingShapeP2P(process_groups.pp, backward_group(process_groups.pp), text)
+        self._process_groups = process_groups
         self._banned = self._local_columns(options.sampling.banned_token_ids)
 
     @property
@@ -110,7 +114,8 @@ class MegatronBackend:
             value, report = token_loss(batch, log_probs, entropies)
             return value, _ONE, {"sums": {"loss": value.detach(), **report.sums}, "maxima": report.maxima}
 
-        self.wrapped.zero_grad_buffer()
+        for chunk in self.wrapped:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums, maxima = self._total(self._run(microbatches, loss, forward_only=False))
         if not math.isfinite(sums["loss"]):
@@ -123,19 +128,25 @@ class MegatronBackend:
     def save(self, folder: Path) -> None:
         """See `state.save`."""
         with cpu.on_device():
-            state.save(folder, self.stage, self.optimizer, self.groups)
+            state.save(folder, self.chunks, self.optimizer, self.groups)
 
     def load(self, folder: Path) -> None:
         """See `state.load`."""
         with cpu.on_device():
-            state.load(folder, self.stage, self.optimizer, self.groups)
+            state.load(folder, self.chunks, self.optimizer, self.groups)
 
     def close(self) -> None:
         """Give megatron-core's groups back."""
         parallel_state.destroy_model_parallel()
 
     def _run(self, microbatches: Sequence[Microbatch], loss: Any, *, forward_only: bool) -> list[dict[str, Any]]:
-        """megatron-core's schedule over the microbatches; what `loss` reported, on the last stage only."""
+        """megatron-core's schedule over the microbatches; what `loss` reported, on the last stage only.
+
+        Interleaved stages need as many microbatches as there are ranks in the pipeline: what is missing is filled up.
+        """
+        missing = self.groups.pipeline.size - len(microbatches) if len(self.chunks) > 1 else 0
+        filler = pack([filler_group()], multiple=self.groups.tensor.size)
+        batches = [*microbatches, *[filler] * missing]
 
         def forward(batches: Iterator[Microbatch], model: Any) -> tuple[Tensor, Any]:
             batch = next(batches)
@@ -144,29 +155,31 @@ class MegatronBackend:
             def finish(hidden: Tensor) -> _LossOutput:
                 log_probs, entropies = head_log_probs(
                     hidden[:, 0],
-                    self.stage.language_model.head_weight(),
+                    self.chunks[-1].language_model.head_weight(),
                     batch.source,
                     batch.target_ids,
                     banned=self._banned,
                     temperature=self.options.sampling.temperature or 1.0,
                     group=self.groups.tensor,
                 )
-                output: _LossOutput = loss(batch, log_probs, entropies)
+                output: _LossOutput = loss(batch, log_probs, entropies) if batch is not filler else _nothing(log_probs)
                 return output
 
             return output, finish
 
         with cpu.on_device():
-            reports: list[dict[str, Any]] = get_forward_backward_func()(
+            reports: list[dict[str, Any]] = self._schedule(
                 forward_step_func=forward,
-                data_iterator=iter(microbatches),
+                data_iterator=[iter(batches) for _ in self.wrapped],
                 model=self.wrapped,
-                num_microbatches=len(microbatches),
+                num_microbatches=len(batches),
                 seq_length=1,  # real lengths are sent between stages (variable_seq_lengths)
                 micro_batch_size=1,
                 forward_only=forward_only,
+                p2p_communicator=self._p2p,
+                pg_collection=self._process_groups,
             )
-        return reports
+        return reports[: len(microbatches)]
 
     def _total(
         self, reports: Sequence[Mapping[str, Mapping[str, Tensor]]]
@@ -195,6 +208,11 @@ class MegatronBackend:
 
 
 _ONE = torch.tensor(1, dtype=torch.int)
+
+
+def _nothing(log_probs: Tensor) -> _LossOutput:
+    """The loss of a microbatch that only fills a pipeline."""
+    return 0.0 * log_probs.sum(), _ONE, {}
 
 
 def _finalize_sums(model: Any, _num_tokens: Tensor | None, **kwargs: Any) -> None:

@@ -41,6 +41,7 @@ def _common(dims: ParallelDims, precision: Precision) -> dict[str, Any]:
         "apply_rope_fusion": False,
         "gradient_accumulation_fusion": False,
         "persist_layer_norm": False,
+        "batch_p2p_comm": False,  # messages go through pipeline.VaryingShapeP2P
         "batch_p2p_sync": False,
         "cuda_graph_scope": [],  # the default is deprecated and says so
     }
@@ -56,6 +57,8 @@ def text_config(
         extra.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     elif recompute == "selective":
         extra.update(recompute_granularity="selective", recompute_modules=["core_attn"])
+    if dims.virtual > 1:
+        extra.update(virtual_pipeline_model_parallel_size=dims.virtual)
     if dims.pipeline > 1:
         # Packed rows differ in length. The dispatcher is named only because validation asks for it with this flag,
         # even for a dense model (megatron-core 0.16.1, transformer_config.py).

@@ -21,6 +21,7 @@ def initialise(dims: ParallelDims, timeout_seconds: float) -> tuple[ProcessGroup
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=dims.tensor,
         pipeline_model_parallel_size=dims.pipeline,
+        virtual_pipeline_model_parallel_size=dims.virtual if dims.virtual > 1 else None,
         # megatron-core's groups do not take over the time limit of init_process_group.
         distributed_timeout_minutes=math.ceil(timeout_seconds / 60),
     )

@@ -65,7 +65,7 @@ class PackedRowGPT(GPTModel):
 
 
 class Qwen3VLStage(MegatronModule):
-    """One pipeline stage. The first also holds the vision tower.
+    """One pipeline stage: all layers of a rank, or one of its chunks. The first also holds the vision tower.
 
     DeepStack features that later layers need travel to the next stage joined to the hidden states' last dimension.
     """
@@ -77,14 +77,19 @@ class Qwen3VLStage(MegatronModule):
         vision: TransformerConfig,
         process_groups: ProcessGroupCollection,
         *,
-        first: bool,
-        last: bool,
+        chunk: int = 0,
     ) -> None:
+        """chunk: which of this rank's virtual pipeline stages."""
         super().__init__(text)
+        ranks, rank = process_groups.pp.size(), process_groups.pp.rank()
+        chunks = text.virtual_pipeline_model_parallel_size or 1
+        first, last = (chunk, rank) == (0, 0), (chunk, rank) == (chunks - 1, ranks - 1)
+        vp_stage = chunk if chunks > 1 else None
+        self.vp_stage = vp_stage
         self.spec, self.pre_process, self.post_process = spec, first, last
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = spec.tied_embeddings
-        layers = [decoder_layer()] * get_num_layers_to_build(text)
+        layers = [decoder_layer()] * get_num_layers_to_build(text, vp_stage=vp_stage)
         self.vision_model = VisionTower(spec.vision, vision, process_groups) if first else None
         self.language_model = PackedRowGPT(
             text,
@@ -97,6 +102,7 @@ class Qwen3VLStage(MegatronModule):
             share_embeddings_and_output_weights=spec.tied_embeddings,
             scatter_embedding_sequence_parallel=False,  # images are set in before the scatter
             pg_collection=process_groups,
+            vp_stage=vp_stage,
         )
         self.language_model.rotary_pos_emb = InterleavedMRoPE(
             spec.text.head_dim, spec.text.rope_theta, spec.text.mrope_section

@@ -51,7 +51,7 @@ def freeze(parameters: Mapping[str, nn.Parameter], rules: Sequence[Rule], globs:
 
 
 def build_optimizer(
-    wrapped: DistributedDataParallel,
+    wrapped: Sequence[DistributedDataParallel],
     parameters: Mapping[str, nn.Parameter],
     rules: Sequence[Rule],
     config: OptimizerConfig,
@@ -83,7 +83,7 @@ def build_optimizer(
         clip_grad=config.clip_norm,
         bf16=bf16,
     )
-    optimizer = get_megatron_optimizer(options, [wrapped], config_overrides=overrides)
+    optimizer = get_megatron_optimizer(options, list(wrapped), config_overrides=overrides)
     for group in optimizer.param_groups:
         group["weight_decay"] = config.weight_decay * group["wd_mult"]
     return optimizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from multiprocessing import get_context
 from multiprocessing.managers import SyncManager
 from pathlib import Path
@@ -23,10 +24,10 @@ from megatron_vlrl.parallel.groups import ProcessGroups
 from megatron_vlrl.runtime.children import die_with_parent
 
 
-def save(folder: Path, stage: Qwen3VLStage, optimizer: MegatronOptimizer, groups: ProcessGroups) -> None:
+def save(folder: Path, chunks: Sequence[Qwen3VLStage], optimizer: MegatronOptimizer, groups: ProcessGroups) -> None:
     """Write this rank's shards into `folder`; collective."""
     _prepare_writer()
-    state = _shards(stage, optimizer, loading=False)
+    state = _shards(chunks, optimizer, loading=False)
     state["random"] = _random_shard(_random_state(), groups)
     state["layout"] = _layout(groups)
     try:
@@ -36,23 +37,24 @@ def save(folder: Path, stage: Qwen3VLStage, optimizer: MegatronOptimizer, groups
         raise CheckpointError("; ".join(sorted(reasons)) or "another rank could not write its shards") from error
 
 
-def load(folder: Path, stage: Qwen3VLStage, optimizer: MegatronOptimizer, groups: ProcessGroups) -> None:
+def load(folder: Path, chunks: Sequence[Qwen3VLStage], optimizer: MegatronOptimizer, groups: ProcessGroups) -> None:
     """Restore what `save` wrote. The random state is restored at the same layout only: it belongs to ranks."""
     same_layout = dist_checkpointing.load_common_state_dict(str(folder))["layout"] == _layout(groups)
-    state = _shards(stage, optimizer, loading=True)
+    state = _shards(chunks, optimizer, loading=True)
     if same_layout:
         state["random"] = _random_shard(None, groups)
     loaded = dist_checkpointing.load(state, str(folder))
-    stage.load_state_dict(loaded["model"])
+    for number, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded[f"model{number}"])
     with torch.no_grad():
         optimizer.load_state_dict(loaded["optimizer"])
     if same_layout:
         _set_random_state(loaded["random"])
 
 
-def _shards(stage: Qwen3VLStage, optimizer: MegatronOptimizer, *, loading: bool) -> dict[str, Any]:
-    model = stage.sharded_state_dict()
-    return {"model": model, "optimizer": optimizer.sharded_state_dict(model, is_loading=loading)}
+def _shards(chunks: Sequence[Qwen3VLStage], optimizer: MegatronOptimizer, *, loading: bool) -> dict[str, Any]:
+    models = {f"model{number}": chunk.sharded_state_dict() for number, chunk in enumerate(chunks)}
+    return {**models, "optimizer": optimizer.sharded_state_dict(models, is_loading=loading)}
 
 
 def _layout(groups: ProcessGroups) -> list[int]:

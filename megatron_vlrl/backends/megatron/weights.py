@@ -20,11 +20,11 @@ BUCKET_BYTES = 64 * 2**20
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def parameters_by_global_name(stage: nn.Module) -> dict[str, nn.Parameter]:
+def parameters_by_global_name(chunks: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
     """This rank's parameters by their names in the whole model, where layers are numbered through all stages."""
     prefix = "language_model.decoder.layers."
     named = {}
-    for name, parameter in stage.named_parameters():
+    for stage, name, parameter in ((chunk, *item) for chunk in chunks for item in chunk.named_parameters()):
         if name.startswith(prefix):
             index, rest = name.removeprefix(prefix).split(".", 1)
             layer: Any = stage.get_submodule(prefix + index)
@@ -45,9 +45,11 @@ class WeightMap:
     groups: ProcessGroups
 
     @classmethod
-    def build(cls, rules: Sequence[Rule], shapes: Shapes, stage: nn.Module, groups: ProcessGroups) -> WeightMap:
+    def build(
+        cls, rules: Sequence[Rule], shapes: Shapes, chunks: Sequence[nn.Module], groups: ProcessGroups
+    ) -> WeightMap:
         """Find the owners; collective over the pipeline group."""
-        parameters = parameters_by_global_name(stage)
+        parameters = parameters_by_global_name(chunks)
         held = gather_objects(sorted(parameters), groups.pipeline)
         owner = {name: rank for rank, names in reversed(list(enumerate(held))) for name in names}
         known = {rule.local for rule in rules} | {"language_model.output_layer.weight"}  # the tied copy has no rule
