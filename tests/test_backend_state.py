@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_vlrl.backends import Backend, build_backend
 from megatron_vlrl.backends.megatron.backend import MegatronBackend
-from megatron_vlrl.backends.megatron.names import rules
+from megatron_vlrl.backends.megatron.names import EMBEDDING, HEAD, rules
 from megatron_vlrl.backends.protocol import TokenReport
 from megatron_vlrl.config.schema import OptimizerConfig
 from megatron_vlrl.models.qwen3_vl.config import Qwen3VLSpec
@@ -28,9 +28,9 @@ from tests.reference import backend_options, local_state, make_groups, renderer_
 from tests.spawn import run_ranks
 from tests.tiny import make_tiny
 
-OPTIMIZER = OptimizerConfig(weight_decay=0.1, lr_scale={"model.visual.*": 0.25, "model.visual.merger.*": 3.0})
-EMBEDDING = "language_model.embedding.word_embeddings.weight"
-HEAD = "language_model.output_layer.weight"
+OPTIMIZER = OptimizerConfig(
+    weight_decay=0.1, lr_scale={"model.visual.*": 0.25, "model.visual.merger.*": 3.0, "*.embed_tokens.*": 2.0}
+)
 
 
 def make(folder: Path, parallel: Mapping[str, int]) -> MegatronBackend:
@@ -135,7 +135,7 @@ LAYOUTS = {
 def test_every_shard_comes_back(name: str, saved: tuple[Path, Path, list[dict[str, Any]]]) -> None:
     folder, target, ranks = saved
     settings = {key: value for held in ranks for key, value in held["settings"].items()}
-    assert {value[0] for value in settings.values()} == {1.0, 0.25, 3.0}
+    assert {value[0] for value in settings.values()} == {1.0, 0.25, 3.0, 2.0}
     assert {value[2] for value in settings.values()} == {2}
     loaded = run_ranks(load, 2 if LAYOUTS[name] else 1, folder, target, LAYOUTS[name])
     seen: set[str] = set()

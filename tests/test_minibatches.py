@@ -119,11 +119,21 @@ def test_each_task_is_dealt_out_evenly(count: int) -> None:
         assert max(sizes) - min(sizes) <= 1
 
 
+def without_small_tasks(deal: dict[int, int]) -> dict[int, int]:
+    return {position: number for position, number in deal.items() if position < 200}
+
+
 def test_the_deal_depends_on_the_key_alone() -> None:
     table, rows = many_groups(), np.ones(120, dtype=bool)
     deals = [assign(table, rows, 4, key) for key in ((0, 0), (0, 1), (1, 0))]
     assert deals[0] == assign(table, rows, 4, (0, 0))
     assert deals[0] != deals[1] != deals[2] != deals[0]
+    # Not the same company in another minibatch: who is together changes too.
+    together = [
+        {frozenset(position for position, number in deal.items() if number == one) for one in range(4)}
+        for deal in (without_small_tasks(deal) for deal in deals)
+    ]
+    assert together[0] != together[1]
     # Small tasks do not always begin with the first minibatch.
     rare = set(range(285, 300, 5))
     first = {min(assign(table, rows, 7, (0, step))[position] for position in rare) for step in range(20)}

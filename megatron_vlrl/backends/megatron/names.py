@@ -17,6 +17,10 @@ from megatron_vlrl.models.qwen3_vl.names import TEXT, VISION
 
 Shape = tuple[int, ...]
 
+EMBEDDING = "language_model.embedding.word_embeddings.weight"
+# Where embeddings are tied, this is the last pipeline stage's copy of the table, and has no rule of its own.
+HEAD = "language_model.output_layer.weight"
+
 
 class Layout(Protocol):
     """How one parameter is cut over the tensor group."""
@@ -121,12 +125,12 @@ class Rule:
 def rules(spec: Qwen3VLSpec) -> list[Rule]:
     """Every parameter, in the order in which weights are exported."""
     model = "language_model."
-    table = [Rule(f"{model}embedding.word_embeddings.weight", (f"{TEXT}embed_tokens.weight",), Split(0))]
+    table = [Rule(EMBEDDING, (f"{TEXT}embed_tokens.weight",), Split(0))]
     for layer in range(spec.text.layers):
         table += _text_layer(spec, f"{model}decoder.layers.{layer}.", f"{TEXT}layers.{layer}.")
     table.append(Rule(f"{model}decoder.final_layernorm.weight", (f"{TEXT}norm.weight",), Replicated()))
     if not spec.tied_embeddings:
-        table.append(Rule(f"{model}output_layer.weight", ("lm_head.weight",), Split(0)))
+        table.append(Rule(HEAD, ("lm_head.weight",), Split(0)))
     return table + _vision(spec)
 
 

@@ -15,7 +15,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch import nn
 
-from megatron_vlrl.backends.megatron.names import Rule
+from megatron_vlrl.backends.megatron.names import EMBEDDING, HEAD, Rule
 from megatron_vlrl.config.schema import OptimizerConfig
 from megatron_vlrl.errors import ConfigError
 
@@ -40,6 +40,8 @@ def match_names(globs: Iterable[str], rules: Sequence[Rule], *, key: str) -> dic
             raise ConfigError(
                 f"{key}: {glob!r} matches no parameter; names look like {rules[0].hf[0]!r}, {rules[-1].hf[0]!r}"
             )
+    if EMBEDDING in matched and all(rule.local != HEAD for rule in rules):
+        matched[HEAD] = matched[EMBEDDING]  # the last stage's copy of a tied table, or the two would drift apart
     return matched
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_vlrl.backends.megatron.names import Rule
+from megatron_vlrl.backends.megatron.names import EMBEDDING, HEAD, Rule
 from megatron_vlrl.errors import ModelError
 from megatron_vlrl.models.hf_files import HFWeights
 from megatron_vlrl.parallel.collectives import gather_objects
@@ -52,7 +52,7 @@ class WeightMap:
         parameters = parameters_by_global_name(chunks)
         held = gather_objects(sorted(parameters), groups.pipeline)
         owner = {name: rank for rank, names in reversed(list(enumerate(held))) for name in names}
-        known = {rule.local for rule in rules} | {"language_model.output_layer.weight"}  # the tied copy has no rule
+        known = {rule.local for rule in rules} | {HEAD}
         strange = sorted(set(owner) - known) + sorted(rule.local for rule in rules if rule.local not in owner)
         if strange:
             raise ModelError(f"parameters and the name table disagree on {strange}")
@@ -63,9 +63,7 @@ class WeightMap:
         check_complete(weights, self.shapes)
         tensor = self.groups.tensor
         by_local = {rule.local: rule for rule in self.rules}
-        if "language_model.output_layer.weight" in self.parameters:
-            tied = by_local["language_model.embedding.word_embeddings.weight"]
-            by_local.setdefault("language_model.output_layer.weight", tied)
+        by_local.setdefault(HEAD, by_local[EMBEDDING])
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 rule = by_local[name]
