@@ -40,9 +40,12 @@ class ParallelConfig:
     pipeline: int = 1  # ranks that each hold some of the layers
     data: int = 1  # replicas, each with its own prompts
     sequence: bool = True  # sequence parallel where tensor > 1
-    timeout_seconds: float = 120.0  # of one collective
     virtual_pipeline: int = 1  # chunks of layers that each pipeline rank holds, interleaved
-    recompute: Literal["none", "selective", "full"] = "none"
+    expert: int = 1  # ranks that share the experts of a mixture-of-experts model; divides data
+    timeout_seconds: float = 120.0  # of one collective
+    recompute: Literal["none", "selective", "full"] = "none"  # of the language model's layers
+    recompute_vision: bool = False  # whole layers of the vision tower
+    overlap: bool = False  # reduce gradients (and gather parameters) while the backward (forward) pass goes on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +126,7 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.0
+    distributed: bool = False  # cut the optimizer's state over the data ranks
     clip_norm: float = 1.0  # greatest norm of the whole gradient; 0: not clipped
     warmup_steps: int = 0  # steps of linear rise to lr
     decay: Literal["constant", "linear", "cosine"] = "linear"
@@ -146,6 +150,7 @@ class CheckpointConfig:
 
     every: int = 0  # steps; 0: only at the end
     keep: int = 2  # the newest ones
+    asynchronous: bool = False  # write while training goes on
 
 
 @dataclass(frozen=True, kw_only=True)
