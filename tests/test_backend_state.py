@@ -1,4 +1,4 @@
-"""A checkpoint of the megatron backend, saved at TP2: every local shard of weights and moments at other layouts.
+"""A checkpoint of the megatron backend: every local shard of weights and moments comes back at every other layout.
 
 Shards are compared with what the saving ranks held, cut anew by the name table; never with a second save.
 """
@@ -6,7 +6,7 @@ Shards are compared with what the saving ranks held, cut anew by the name table;
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,56 +14,83 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_vlrl.backends import Backend, build_backend
+from megatron_vlrl.backends.megatron import optimizer as optimizer_module
 from megatron_vlrl.backends.megatron.backend import MegatronBackend
 from megatron_vlrl.backends.megatron.names import EMBEDDING, HEAD, rules
+from megatron_vlrl.backends.megatron.optimizer import parts_of
 from megatron_vlrl.backends.protocol import TokenReport
 from megatron_vlrl.config.schema import OptimizerConfig
 from megatron_vlrl.models.qwen3_vl.config import Qwen3VLSpec
 from megatron_vlrl.models.qwen3_vl.names import hf_shapes
 from megatron_vlrl.packing import Microbatch, pack
-from tests.reference import backend_options, local_state, make_groups, renderer_and_sampling
+from tests.reference import backend_options, make_groups, renderer_and_sampling
 from tests.spawn import run_ranks
 from tests.tiny import make_tiny
 
 OPTIMIZER = OptimizerConfig(
     weight_decay=0.1, lr_scale={"model.visual.*": 0.25, "model.visual.merger.*": 3.0, "*.embed_tokens.*": 2.0}
 )
+BUCKET_SIZE = 20_000  # about ten buckets where communication overlaps
+KINDS = ("", " exp_avg", " exp_avg_sq")
+Layout = Mapping[str, Any]
+# (first element held, values) of a flattened local shard, by name and kind
+Slices = dict[str, tuple[int, Tensor]]
 
 
-def make(folder: Path, parallel: Mapping[str, int]) -> MegatronBackend:
+def make(folder: Path, layout: Layout) -> MegatronBackend:
+    """`layout`: ParallelConfig's settings, and `distributed`."""
+    optimizer_module.BUCKET_SIZE = BUCKET_SIZE
     _, sampling = renderer_and_sampling(folder)
-    options = replace(backend_options(folder, sampling, **parallel), optimizer=OPTIMIZER)
-    backend = build_backend(options)
+    parallel = {key: value for key, value in layout.items() if key != "distributed"}
+    optimizer = replace(OPTIMIZER, distributed=layout.get("distributed", False))
+    backend = build_backend(replace(backend_options(folder, sampling, **parallel), optimizer=optimizer))
     assert isinstance(backend, MegatronBackend)
     return backend
 
 
 def surprise(batch: Microbatch, log_probs: Tensor, entropies: Tensor) -> tuple[Tensor, TokenReport]:
-    return -log_probs.mean(), TokenReport(sums={}, maxima={})
+    return -log_probs.sum() / 100, TokenReport(sums={}, maxima={})
 
 
 def step(folder: Path, backend: Backend) -> float:
     renderer, _ = renderer_and_sampling(folder)
-    row = pack(make_groups(renderer), multiple=backend.groups.tensor.size)
+    data = backend.groups.data
+    row = pack(make_groups(renderer)[data.rank :: data.size], multiple=backend.groups.tensor.size)
     return backend.train_step([row], surprise, 1e-3).sums["loss"]
 
 
-def group_settings(backend: MegatronBackend) -> dict[str, tuple[float, float, int]]:
-    """Parameter -> (factor of the learning rate, weight decay, steps taken) as its optimizer group says."""
-    settings = {}
+def shards(backend: MegatronBackend) -> Iterator[tuple[str, nn.Parameter, int, Any, dict[str, Any], dict[str, Tensor]]]:
+    """(name, parameter, first element, optimizer's part of it, its group, its state) of all that this rank updates."""
     names = {parameter: name for name, parameter in backend.weights.parameters.items()}
-    for part in getattr(backend.optimizer, "chained_optimizers", [backend.optimizer]):
-        for group in part.param_groups:
-            for parameter in group["params"]:
-                taken = int(part.optimizer.state[parameter]["step"])
-                settings[names[parameter]] = (group["lr_mult"], group["weight_decay"], taken)
-    return settings
+    for part in parts_of(backend.optimizer):
+        if hasattr(part, "gbuf_ranges"):
+            for parameter, (group, place) in part.model_param_group_index_map.items():
+                mine = part.optimizer.param_groups[group]["params"][place]
+                start = part._get_model_param_range_map(parameter)["param"].start
+                yield names[parameter], parameter, start, mine, part.optimizer.param_groups[group], part.optimizer.state
+        else:
+            for group in part.param_groups:
+                for parameter in group["params"]:
+                    yield names[parameter], parameter, 0, parameter, group, part.optimizer.state
 
 
-def draws(backend: MegatronBackend) -> list[float]:
+def held(backend: MegatronBackend) -> tuple[Slices, dict[str, tuple[float, float, int]]]:
+    """Copies of what this rank holds, and (rate factor, weight decay, steps) of each parameter that it updates."""
+    slices: Slices = {name: (0, p.detach().flatten().clone()) for name, p in backend.weights.parameters.items()}
+    settings = {}
+    for name, parameter, start, mine, group, state in shards(backend):
+        flat = parameter.detach().flatten()
+        assert torch.equal(mine.detach().flatten(), flat[start : start + mine.numel()])  # what is updated is in use
+        for kind in KINDS[1:]:
+            slices[name + kind] = (start, state[mine][kind.strip()].flatten().clone())
+        settings[name] = (group["lr_mult"], group["weight_decay"], group["step"])
+    return slices, settings
+
+
+def draws() -> list[float]:
     """The next number of every generator; moves them."""
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
@@ -72,9 +99,21 @@ def draws(backend: MegatronBackend) -> list[float]:
     return [random.random(), float(np.random.random()), float(torch.rand(1)), forked]
 
 
-def train_and_save(folder: Path, target: Path) -> dict[str, Any]:
-    """Two steps at TP2, then a checkpoint; what this rank held, and what comes next."""
-    backend = make(folder, {"tensor": 2})
+def observed(folder: Path, backend: MegatronBackend) -> dict[str, Any]:
+    """What this rank holds now, its place, and what comes next."""
+    backend._complete_weights()
+    slices, settings = held(backend)
+    tensor = backend.groups.tensor
+    result = {"place": (tensor.rank, tensor.size), "slices": slices, "settings": settings, "draws": draws()}
+    result["buckets"] = sum(len(buffer.buckets) for chunk in backend.wrapped for buffer in chunk.buffers)
+    result["loss"] = [step(folder, backend) for _ in range(2)]
+    backend.close()
+    return result
+
+
+def train_and_save(folder: Path, target: Path, layout: Layout) -> dict[str, Any]:
+    """Two steps, then a checkpoint."""
+    backend = make(folder, layout)
     for _ in range(2):
         step(folder, backend)
     rank = backend.groups.world.rank
@@ -82,73 +121,107 @@ def train_and_save(folder: Path, target: Path) -> dict[str, Any]:
     np.random.seed(200 + rank)
     torch.manual_seed(300 + rank)
     backend.save(target)
-    result = {"state": local_state(backend), "settings": group_settings(backend), "draws": draws(backend)}
-    result["loss"] = [step(folder, backend) for _ in range(2)]
-    backend.close()
-    return result
+    return observed(folder, backend)
 
 
-def load(folder: Path, target: Path, parallel: Mapping[str, int]) -> dict[str, Any]:
-    """The same from a fresh backend at another layout, and its place there."""
-    backend = make(folder, parallel)
+def load(folder: Path, target: Path, layout: Layout) -> dict[str, Any]:
+    """The same from a fresh backend at another layout."""
+    backend = make(folder, layout)
     backend.load(target)
-    result = {
-        "place": (backend.groups.tensor.rank, backend.groups.tensor.size),
-        "state": local_state(backend),
-        "settings": group_settings(backend),
-        "draws": draws(backend),
-    }
-    result["loss"] = [step(folder, backend) for _ in range(2)]
-    backend.close()
-    return result
+    return observed(folder, backend)
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[dict[str, Any]]]:
-    """(model, checkpoint, what each of the two saving ranks held)."""
-    folder, target = make_tiny(tmp_path_factory.mktemp("model")), tmp_path_factory.mktemp("checkpoint")
-    return folder, target, run_ranks(train_and_save, 2, folder, target)
-
-
-def recut(folder: Path, ranks: list[dict[str, Any]], rank: int, size: int) -> dict[str, Tensor]:
-    """Every parameter and moment of the saving ranks, as rank `rank` of `size` should hold it."""
+def whole_tensors(folder: Path, ranks: list[dict[str, Any]]) -> dict[str, list[Tensor]]:
+    """Every parameter and moment as its Hugging Face tensors, put together from the saving ranks' slices."""
     spec = Qwen3VLSpec.load(folder)
-    shapes, expected = hf_shapes(spec), {}
+    shapes, size, dense = hf_shapes(spec), ranks[0]["place"][1], {}
     for rule in rules(spec):
-        for kind in ("", " exp_avg", " exp_avg_sq"):
-            parts = [held["state"][rule.local + kind] for held in ranks]
-            whole = rule.layout.join(parts, [shapes[name] for name in rule.hf])
-            expected[rule.local + kind] = rule.layout.shard(whole, rank, size)
-            if rule.local == EMBEDDING:
-                expected[HEAD + kind] = expected[rule.local + kind]  # the last stage's copy of the tied table
-    return expected
+        whole = [torch.empty(shapes[name]) for name in rule.hf]
+        for kind in KINDS:
+            parts = []
+            for number in range(size):
+                part = torch.full_like(rule.layout.shard(whole, number, size), torch.nan)
+                for rank in ranks:
+                    if rank["place"][0] == number and rule.local + kind in rank["slices"]:
+                        start, values = rank["slices"][rule.local + kind]
+                        part.view(-1)[start : start + len(values)] = values
+                assert not part.isnan().any(), rule.local + kind
+                parts.append(part)
+            dense[rule.local + kind] = rule.layout.join(parts, [shapes[name] for name in rule.hf])
+    return dense
 
 
-LAYOUTS = {
-    "tp2": {"tensor": 2},
-    "tp1": {},
-    "pp2": {"pipeline": 2},
+WORLD = ("tensor", "pipeline", "data")
+CASES: dict[str, tuple[Layout, dict[str, Layout]]] = {
+    "plain at tp2": (
+        {"tensor": 2},
+        {"tp2": {"tensor": 2}, "one": {}, "pp2": {"pipeline": 2}, "vpp2": {"pipeline": 2, "virtual_pipeline": 2}},
+    ),
+    "plain at vpp2": (
+        {"pipeline": 2, "virtual_pipeline": 2},
+        {"vpp2": {"pipeline": 2, "virtual_pipeline": 2}, "pp2": {"pipeline": 2}, "one": {}},
+    ),
+    "distributed at dp2": (
+        {"data": 2, "distributed": True, "overlap": True},
+        {
+            "dp2": {"data": 2, "distributed": True, "overlap": True},
+            "dp2 in one bucket": {"data": 2, "distributed": True},
+            "dp1": {"distributed": True, "overlap": True},
+            "tp2": {"tensor": 2, "distributed": True, "overlap": True},
+            "vpp2": {"pipeline": 2, "virtual_pipeline": 2, "distributed": True, "overlap": True},
+        },
+    ),
+    "distributed at pp2": (
+        {"pipeline": 2, "distributed": True, "overlap": True},
+        {"pp2": {"pipeline": 2, "distributed": True, "overlap": True}, "dp2": {"data": 2, "distributed": True}},
+    ),
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_every_shard_comes_back(name: str, saved: tuple[Path, Path, list[dict[str, Any]]]) -> None:
-    folder, target, ranks = saved
-    settings = {key: value for held in ranks for key, value in held["settings"].items()}
+def world_of(layout: Layout) -> int:
+    return int(np.prod([layout.get(axis, 1) for axis in WORLD]))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def saved(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[dict[str, Any]]]]:
+    """Case -> (checkpoint, what each of the saving ranks held)."""
+    results = {}
+    for name, (layout, _) in CASES.items():
+        target = tmp_path_factory.mktemp("checkpoint")
+        results[name] = (target, run_ranks(train_and_save, world_of(layout), folder, target, layout))
+    return results
+
+
+@pytest.mark.parametrize(("case", "name"), [(case, name) for case, (_, others) in CASES.items() for name in others])
+def test_every_shard_comes_back(
+    case: str, name: str, folder: Path, saved: dict[str, tuple[Path, list[dict[str, Any]]]]
+) -> None:
+    target, ranks = saved[case]
+    origin, layout = CASES[case][0], CASES[case][1][name]
+    dense = whole_tensors(folder, ranks)
+    settings = {key: value for rank in ranks for key, value in rank["settings"].items()}
     assert {value[0] for value in settings.values()} == {1.0, 0.25, 3.0, 2.0}
     assert {value[2] for value in settings.values()} == {2}
-    loaded = run_ranks(load, 2 if LAYOUTS[name] else 1, folder, target, LAYOUTS[name])
+    if origin.get("overlap") and "data" in origin:
+        assert ranks[0]["buckets"] > 5
+    layouts = {rule.local: rule.layout for rule in rules(Qwen3VLSpec.load(folder))}
     seen: set[str] = set()
+    loaded = run_ranks(load, world_of(layout), folder, target, layout)
     for number, rank in enumerate(loaded):
-        expected = recut(folder, ranks, *rank["place"])
-        mine = {key: value for key, value in rank["state"].items() if not key.endswith(" step")}
-        seen |= set(mine)
-        for key, value in mine.items():
-            assert torch.equal(value, expected[key]), key
+        for key, (start, values) in rank["slices"].items():
+            source = key.replace(HEAD, EMBEDDING)  # the last stage's copy of the tied table
+            expected = layouts[source.split(" ")[0]].shard(dense[source], *rank["place"]).flatten()
+            assert torch.equal(values, expected[start : start + len(values)]), key
+            seen.add(source)
         for key, value in rank["settings"].items():
             assert value == settings[EMBEDDING if key == HEAD else key]
         assert rank["loss"] == pytest.approx(ranks[0]["loss"], rel=1e-5)
-        if name == "tp2":
+        if layout == origin:
             assert rank["draws"] == ranks[number]["draws"]
             assert rank["loss"] == ranks[number]["loss"]
-    assert seen >= {key for held in ranks for key in held["state"] if not key.endswith(" step")}
+    assert seen == set(dense)

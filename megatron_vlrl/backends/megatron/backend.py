@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -21,15 +22,22 @@ from megatron_vlrl.backends.megatron.configs import Precision, text_config, visi
 from megatron_vlrl.backends.megatron.groups import initialise
 from megatron_vlrl.backends.megatron.model import Qwen3VLStage
 from megatron_vlrl.backends.megatron.names import rules
-from megatron_vlrl.backends.megatron.optimizer import apply_update, build_optimizer, freeze
+from megatron_vlrl.backends.megatron.optimizer import (
+    apply_update,
+    build_optimizer,
+    ddp_config,
+    freeze,
+    gather_gradients,
+)
+from megatron_vlrl.backends.megatron.overlap import Overlap
 from megatron_vlrl.backends.megatron.pipeline import VaryingShapeP2P, backward_group
 from megatron_vlrl.backends.megatron.weights import WeightMap
 from megatron_vlrl.backends.protocol import TokenLoss, TokenScores, UpdateResult
 from megatron_vlrl.models.hf_files import HFWeights
 from megatron_vlrl.models.qwen3_vl.config import Qwen3VLSpec
-from megatron_vlrl.models.qwen3_vl.names import hf_shapes
+from megatron_vlrl.models.qwen3_vl.names import as_stored, hf_shapes
 from megatron_vlrl.packing import Microbatch, filler_group, pack
-from megatron_vlrl.parallel.collectives import broadcast_object, gather_rows, sum_over
+from megatron_vlrl.parallel.collectives import broadcast_object, gather_objects, gather_rows, sum_over
 from megatron_vlrl.parallel.dims import ParallelDims
 from megatron_vlrl.parallel.logprob import head_log_probs
 
@@ -49,6 +57,7 @@ class MegatronBackend:
             pipeline=parallel.pipeline,
             data=parallel.data,
             sequence=parallel.sequence,
+            expert=parallel.expert,
             virtual=parallel.virtual_pipeline,
         )
         check_layout(spec, dims)
@@ -57,21 +66,30 @@ class MegatronBackend:
         tensor_parallel.model_parallel_cuda_manual_seed(options.seed)
         precision = Precision(dtype=getattr(torch, options.model.dtype))
         text = text_config(spec, dims, precision, parallel.recompute)
-        text.finalize_model_grads_func = _finalize_sums
         with cpu.on_device():
             vision = vision_config(spec, dims, precision)
             self.chunks = [Qwen3VLStage(spec, text, vision, process_groups, chunk=n) for n in range(dims.virtual)]
             table = rules(spec)
-            self.weights = WeightMap.build(table, hf_shapes(spec), self.chunks, self.groups)
-            self.weights.load(HFWeights(options.folder))
+            source = HFWeights(options.folder)
+            shapes = as_stored(hf_shapes(spec), {name: source.shape(name) for name in source.names})
+            self.weights = WeightMap.build(table, shapes, self.chunks, self.groups)
+            self.weights.load(source)
             freeze(self.weights.parameters, table, options.model.freeze)
-            ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+            distributed, overlap = options.optimizer.distributed, parallel.overlap
+            ddp = ddp_config(distributed=distributed, overlap=overlap)
             self.wrapped = [
                 DistributedDataParallel(text, ddp, chunk, disable_bucketing=number > 0)
                 for number, chunk in enumerate(self.chunks)
             ]
             bf16 = precision.dtype == torch.bfloat16
-            self.optimizer = build_optimizer(self.wrapped, self.weights.parameters, table, options.optimizer, bf16=bf16)
+            self.optimizer = build_optimizer(
+                self.wrapped, self.weights.parameters, table, options.optimizer, bf16=bf16, overlap=overlap
+            )
+            self._overlap = Overlap(self.wrapped, gather=distributed) if overlap else None
+        text.finalize_model_grads_func = partial(_finalize_sums, self._overlap)
+        if overlap:
+            hold = [chunk.no_sync for chunk in self.wrapped]
+            text.no_sync_func = hold if len(hold) > 1 else hold[0]
         self._schedule = get_forward_backward_func()
         self._p2p = VaryingShapeP2P(process_groups.pp, backward_group(process_groups.pp), text)
         self._process_groups = process_groups
@@ -84,14 +102,18 @@ class MegatronBackend:
 
     def load_hf(self, folder: Path) -> None:
         """Replace the weights; the optimizer's state stays."""
+        self._complete_weights()
         self.weights.load(HFWeights(folder))
+        self.optimizer.reload_model_params()  # where it has copies of higher precision
 
     def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Whole tensors on every rank, in a fixed order."""
+        self._complete_weights()
         return self.weights.gather(lambda parameter: parameter)
 
     def hf_gradients(self) -> Iterator[tuple[str, Tensor]]:
         """The gradients that the last update used, after clipping (which is in place)."""
+        gather_gradients(self.wrapped)
         return self.weights.gather(lambda parameter: getattr(parameter, "main_grad", torch.zeros_like(parameter)))
 
     def score(self, microbatches: Sequence[Microbatch]) -> list[TokenScores]:
@@ -118,20 +140,24 @@ class MegatronBackend:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums, maxima = self._total(self._run(microbatches, loss, forward_only=False))
-        if not math.isfinite(sums["loss"]):
-            return UpdateResult(sums=sums, maxima=maxima, grad_norm=math.nan, skipped="non-finite loss")
-        with cpu.on_device():
-            norm, updated = apply_update(self.optimizer, lr, self.options.optimizer.clip_norm)
-        skipped = None if updated else "non-finite gradient"
+        norm, skipped = math.nan, "non-finite loss"
+        if math.isfinite(sums["loss"]):
+            with cpu.on_device():
+                norm, updated = apply_update(self.optimizer, lr, self.options.optimizer.clip_norm)
+            skipped = None if updated else "non-finite gradient"
+        if self._overlap:
+            self._overlap.gather_parameters()
         return UpdateResult(sums=sums, maxima=maxima, grad_norm=norm, skipped=skipped)
 
     def save(self, folder: Path) -> None:
         """See `state.save`."""
+        self._complete_weights()
         with cpu.on_device():
             state.save(folder, self.chunks, self.optimizer, self.groups)
 
     def load(self, folder: Path) -> None:
         """See `state.load`."""
+        self._complete_weights()
         with cpu.on_device():
             state.load(folder, self.chunks, self.optimizer, self.groups)
 
@@ -142,9 +168,11 @@ class MegatronBackend:
     def _run(self, microbatches: Sequence[Microbatch], loss: Any, *, forward_only: bool) -> list[dict[str, Any]]:
         """megatron-core's schedule over the microbatches; what `loss` reported, on the last stage only.
 
-        Interleaved stages need as many microbatches as there are ranks in the pipeline: what is missing is filled up.
+        Interleaved stages need as many microbatches as there are ranks in the pipeline, and ranks that share experts
+        need as many as each other: what is missing is filled up.
         """
-        missing = self.groups.pipeline.size - len(microbatches) if len(self.chunks) > 1 else 0
+        needed = self.groups.pipeline.size if len(self.chunks) > 1 else 0
+        missing = max(needed, *gather_objects(len(microbatches), self.groups.expert)) - len(microbatches)
         filler = pack([filler_group()], multiple=self.groups.tensor.size)
         batches = [*microbatches, *[filler] * missing]
 
@@ -153,6 +181,7 @@ class MegatronBackend:
             output = model(batch)
 
             def finish(hidden: Tensor) -> _LossOutput:
+                self._complete_weights()  # the head's are read outside of its module
                 log_probs, entropies = head_log_probs(
                     hidden[:, 0],
                     self.chunks[-1].language_model.head_weight(),
@@ -180,6 +209,11 @@ class MegatronBackend:
                 pg_collection=self._process_groups,
             )
         return reports[: len(microbatches)]
+
+    def _complete_weights(self) -> None:
+        """Before weights are read outside of their module's call: wait for what other data ranks updated."""
+        if self._overlap:
+            self._overlap.wait_for_parameters()
 
     def _total(
         self, reports: Sequence[Mapping[str, Mapping[str, Tensor]]]
@@ -215,6 +249,8 @@ def _nothing(log_probs: Tensor) -> _LossOutput:
     return 0.0 * log_probs.sum(), _ONE, {}
 
 
-def _finalize_sums(model: Any, _num_tokens: Tensor | None, **kwargs: Any) -> None:
+def _finalize_sums(overlap: Overlap | None, model: Any, _num_tokens: Tensor | None, **kwargs: Any) -> None:
     """Reduce gradients without dividing by a token count: the loss carries its own denominators."""
+    if overlap:
+        overlap.start_rest()
     finalize_model_grads(model, None, **kwargs)

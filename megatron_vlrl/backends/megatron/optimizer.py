@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from megatron.core.distributed import DistributedDataParallel
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -15,9 +16,12 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch import nn
 
+from megatron_vlrl.backends.megatron import adam
 from megatron_vlrl.backends.megatron.names import EMBEDDING, HEAD, Rule
 from megatron_vlrl.config.schema import OptimizerConfig
 from megatron_vlrl.errors import ConfigError
+
+BUCKET_SIZE: int | None = None  # parameters that are reduced together where communication overlaps; None: mcore's own
 
 
 def match_names(globs: Iterable[str], rules: Sequence[Rule], *, key: str) -> dict[str, str]:
@@ -52,6 +56,19 @@ def freeze(parameters: Mapping[str, nn.Parameter], rules: Sequence[Rule], globs:
             parameters[name].requires_grad_(False)
 
 
+def ddp_config(*, distributed: bool, overlap: bool) -> DistributedDataParallelConfig:
+    """How gradients are summed over the data ranks; a distributed optimizer gets only its own part of them."""
+    gather = distributed and overlap
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=distributed,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=gather,
+        align_param_gather=gather,  # a module waits for its own parameters and starts no other gather
+        bucket_size=BUCKET_SIZE,
+    )
+
+
 def build_optimizer(
     wrapped: Sequence[DistributedDataParallel],
     parameters: Mapping[str, nn.Parameter],
@@ -59,11 +76,13 @@ def build_optimizer(
     config: OptimizerConfig,
     *,
     bf16: bool,
+    overlap: bool,
 ) -> MegatronOptimizer:
     """megatron-core's optimizer; each group's `lr_mult` is its factor on the learning rate of the step.
 
     `lr_mult` is among the keys by which megatron-core tells groups apart when it loads a checkpoint; `max_lr` is not.
     """
+    adam.install()
     matched = match_names(config.lr_scale, rules, key="optimizer.lr_scale")
     factors = {id(parameters[name]): config.lr_scale[glob] for name, glob in matched.items() if name in parameters}
 
@@ -84,11 +103,22 @@ def build_optimizer(
         weight_decay=config.weight_decay,
         clip_grad=config.clip_norm,
         bf16=bf16,
+        use_distributed_optimizer=config.distributed,
+        overlap_param_gather=config.distributed and overlap,
     )
     optimizer = get_megatron_optimizer(options, list(wrapped), config_overrides=overrides)
     for group in optimizer.param_groups:
         group["weight_decay"] = config.weight_decay * group["wd_mult"]
+    for part in parts_of(optimizer):
+        if part.init_state_fn is not None:
+            part.init_state_fn(part.optimizer)  # zeros, so that a checkpoint of a run without an update is whole
     return optimizer
+
+
+def parts_of(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers that megatron-core chained together."""
+    parts: list[MegatronOptimizer] = getattr(optimizer, "chained_optimizers", [optimizer])
+    return parts
 
 
 def apply_update(optimizer: MegatronOptimizer, lr: float, clip_norm: float) -> tuple[float, bool]:
@@ -102,8 +132,20 @@ def apply_update(optimizer: MegatronOptimizer, lr: float, clip_norm: float) -> t
     norm = float(optimizer.get_grad_norm())
     if not math.isfinite(norm):
         return norm, False
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in parts_of(optimizer):
         if clip_norm and part.get_parameters():
             clip_grad_by_total_norm_fp32(part.get_parameters(), clip_norm, norm)
     optimizer.step_with_ready_grads()
     return norm, True
+
+
+def gather_gradients(wrapped: Sequence[DistributedDataParallel]) -> None:
+    """Complete every `main_grad` where the optimizer is distributed: a data rank holds the sums of its part alone."""
+    for chunk in wrapped:
+        if not chunk.ddp_config.use_distributed_optimizer:
+            continue
+        for buffer in chunk.buffers + chunk.expert_parallel_buffers:
+            group = buffer.data_parallel_group
+            for bucket in buffer.buckets:
+                mine = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, mine, group=group)

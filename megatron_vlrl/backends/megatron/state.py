@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.managers import SyncManager
 from pathlib import Path
@@ -14,14 +15,24 @@ import numpy as np
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_vlrl.backends.megatron.model import Qwen3VLStage
+from megatron_vlrl.backends.megatron.optimizer import parts_of
+from megatron_vlrl.backends.megatron.shards import WEIGHTS_ONLY
 from megatron_vlrl.errors import CheckpointError
 from megatron_vlrl.parallel.groups import ProcessGroups
 from megatron_vlrl.runtime.children import die_with_parent
+
+# A distributed optimizer's state is gathered on one data rank and saved parameter by parameter, for any layout.
+_FORMAT = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": True,
+    "chained_optim_avoid_prefix": True,
+}
 
 
 def save(folder: Path, chunks: Sequence[Qwen3VLStage], optimizer: MegatronOptimizer, groups: ProcessGroups) -> None:
@@ -38,8 +49,16 @@ def save(folder: Path, chunks: Sequence[Qwen3VLStage], optimizer: MegatronOptimi
 
 
 def load(folder: Path, chunks: Sequence[Qwen3VLStage], optimizer: MegatronOptimizer, groups: ProcessGroups) -> None:
-    """Restore what `save` wrote. The random state is restored at the same layout only: it belongs to ranks."""
-    same_layout = dist_checkpointing.load_common_state_dict(str(folder))["layout"] == _layout(groups)
+    """Restore what `save` wrote. The random state is restored at the same layout only: it belongs to ranks.
+
+    Of converted weights, which are all such a checkpoint holds, the optimizer takes its masters and starts anew.
+    """
+    common = dist_checkpointing.load_common_state_dict(str(folder))
+    if common.get(WEIGHTS_ONLY):
+        _load_weights(folder, chunks)
+        optimizer.reload_model_params()
+        return
+    same_layout = common["layout"] == _layout(groups)
     state = _shards(chunks, optimizer, loading=True)
     if same_layout:
         state["random"] = _random_shard(None, groups)
@@ -52,9 +71,37 @@ def load(folder: Path, chunks: Sequence[Qwen3VLStage], optimizer: MegatronOptimi
         _set_random_state(loaded["random"])
 
 
+def _load_weights(folder: Path, chunks: Sequence[Qwen3VLStage]) -> None:
+    for chunk in chunks:
+        # What a layer keeps besides its weights (FP8 scales) is nobody's to convert, and empty without them.
+        wanted = {key: part for key, part in chunk.sharded_state_dict().items() if not key.endswith("_extra_state")}
+        chunk.load_state_dict(dist_checkpointing.load(wanted, str(folder)))
+
+
 def _shards(chunks: Sequence[Qwen3VLStage], optimizer: MegatronOptimizer, *, loading: bool) -> dict[str, Any]:
     models = {f"model{number}": chunk.sharded_state_dict() for number, chunk in enumerate(chunks)}
-    return {**models, "optimizer": optimizer.sharded_state_dict(models, is_loading=loading)}
+    for part in parts_of(optimizer):
+        if isinstance(part, DistributedOptimizer):
+            part.get_parameter_state_dp_zero = partial(_padded_state, part)
+    return {**models, "optimizer": optimizer.sharded_state_dict(models, is_loading=loading, metadata=_FORMAT)}
+
+
+def _padded_state(part: DistributedOptimizer, **options: Any) -> dict[Any, Any] | None:
+    """What megatron-core gathers of a distributed optimizer, with the padding between buckets put back.
+
+    It joins buckets without their padding (distrib_optimizer.py:1113) but cuts the result at the padded offsets of
+    the parameters (:1501): from the second bucket on, every parameter would be saved with its neighbour's moments.
+    """
+    state = DistributedOptimizer.get_parameter_state_dp_zero(part, **options)
+    for index, buffer in enumerate(part.buffers if state is not None else ()):
+        sizes = [bucket.numel_unpadded for bucket in buffer.buckets]
+        for joined in state[index].values():
+            for name in ("param", "exp_avg", "exp_avg_sq"):
+                padded = torch.zeros(buffer.numel, dtype=joined[name].dtype)
+                for bucket, values in zip(buffer.buckets, joined[name].split(sizes), strict=True):
+                    padded[bucket.offset : bucket.offset + len(values)] = values
+                joined[name] = padded
+    return state
 
 
 def _layout(groups: ProcessGroups) -> list[int]:
