@@ -103,9 +103,12 @@ def hf_scores(
     Positions are those of its own get_rope_index. float64, so that what a layout is measured against has no
     rounding of its own.
     """
-    from transformers import Qwen3VLForConditionalGeneration
+    from transformers import AutoModelForImageTextToText
 
-    model = Qwen3VLForConditionalGeneration.from_pretrained(folder, attn_implementation="sdpa").double().train()
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, attn_implementation="sdpa", experts_implementation="eager"
+    )
+    model = model.double().train()
     rows = [(group.prompt, rollout) for group in groups for rollout in group.rollouts]
     longest = max(len(prompt.token_ids) + len(rollout.token_ids) for prompt, rollout in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.long)

@@ -15,7 +15,13 @@ from megatron_vlrl.types import Message, Sample
 from tools.train_tokenizer import to_fast_tokenizer, train_sentencepiece
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    from transformers import (
+        PreTrainedTokenizerFast,
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLMoeConfig,
+        Qwen3VLMoeForConditionalGeneration,
+    )
 
 TEXT = (
     "How many digits?",
@@ -46,9 +52,11 @@ def tiny_config(
     layers: int,
     vision_depth: int,
     deepstack: Sequence[int],
-) -> Qwen3VLConfig:
-    """Hidden 64, 4 heads on 2 key/value heads, an 8x8 table of vision positions."""
-    from transformers import Qwen3VLConfig
+    moe: bool = False,
+) -> Qwen3VLConfig | Qwen3VLMoeConfig:
+    """Hidden 64, 4 heads on 2 key/value heads, an 8x8 table of vision positions. moe: each token goes to 2 of 4
+    experts, but in layer 1, which is dense."""
+    from transformers import Qwen3VLConfig, Qwen3VLMoeConfig
 
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
     text: dict[str, Any] = {
@@ -77,7 +85,10 @@ def tiny_config(
         "num_position_embeddings": 64,
         "deepstack_visual_indexes": list(deepstack),
     }
-    return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied, **token_ids(tokenizer))
+    if moe:
+        text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "mlp_only_layers": [1]}
+    kind = Qwen3VLMoeConfig if moe else Qwen3VLConfig
+    return kind(text_config=text, vision_config=vision, tie_word_embeddings=tied, **token_ids(tokenizer))
 
 
 def _roughen(model: Qwen3VLForConditionalGeneration, seed: int) -> None:
@@ -89,11 +100,22 @@ def _roughen(model: Qwen3VLForConditionalGeneration, seed: int) -> None:
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
             if weight.ndim >= 2:
-                weight.copy_(noise * (0.2 if "embed" in name else weight[0].numel() ** -0.5))
+                fan_in = weight.size(-1) if "experts" in name else weight[0].numel()
+                weight.copy_(noise * (0.2 if "embed" in name else fan_in**-0.5))
             elif name.endswith("bias"):
                 weight.copy_(0.1 * noise)
             else:
                 weight.copy_(1.0 + 0.2 * noise)
+
+
+def _moe_model(config: Qwen3VLMoeConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen3VLMoeForConditionalGeneration:
+    """A float32 model; its weights are still to be drawn."""
+    from transformers import Qwen3VLMoeForConditionalGeneration
+
+    model = Qwen3VLMoeForConditionalGeneration(config).float().eval()
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
 
 
 def make_tiny(
@@ -104,14 +126,16 @@ def make_tiny(
     vision_depth: int = 3,
     deepstack: Sequence[int] = (0, 2),
     seed: int = 0,
+    moe: bool = False,
 ) -> Path:
     """Write config, float32 weights, tokenizer and processor of a tiny Qwen3-VL into `folder` and return it.
 
     384 embedding rows, of which the last have no token. Heads, key/value heads, vocabulary and widths divide by 2.
+    moe: a Qwen3-VL-MoE.
     """
     tokenizer = tiny_tokenizer()
-    config = tiny_config(tokenizer, tied=tied, layers=layers, vision_depth=vision_depth, deepstack=deepstack)
-    model = random_model(config, tokenizer, seed)
+    config = tiny_config(tokenizer, tied=tied, layers=layers, vision_depth=vision_depth, deepstack=deepstack, moe=moe)
+    model = _moe_model(config, tokenizer) if moe else random_model(config, tokenizer, seed)
     _roughen(model, seed)
     make_processor(tokenizer).save_pretrained(folder)
     model.save_pretrained(folder)

@@ -28,6 +28,7 @@ class Group:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProcessGroups:
     """tensor, pipeline: this replica's. data: the same shard of every replica. model: one replica, tensor x pipeline.
+    expert: the data ranks that hold all experts together; each of them holds a part.
 
     Data ranks see different prompts; ranks of one `model` group see the same.
     """
@@ -38,18 +39,20 @@ class ProcessGroups:
     pipeline: Group
     data: Group
     model: Group
+    expert: Group
 
     @classmethod
     def single(cls) -> ProcessGroups:
         """One process, no parallelism."""
         one = Group.single()
-        return cls(dims=ParallelDims(), world=one, tensor=one, pipeline=one, data=one, model=one)
+        return cls(dims=ParallelDims(), world=one, tensor=one, pipeline=one, data=one, model=one, expert=one)
 
     @classmethod
     def replicas(cls, world: Group) -> ProcessGroups:
         """Every process holds the whole model: they differ in data alone."""
         one = Group.single()
-        return cls(dims=ParallelDims(data=world.size), world=world, tensor=one, pipeline=one, data=world, model=one)
+        dims = ParallelDims(data=world.size)
+        return cls(dims=dims, world=world, tensor=one, pipeline=one, data=world, model=one, expert=one)
 
     @property
     def is_main(self) -> bool:

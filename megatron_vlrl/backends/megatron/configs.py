@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_vlrl.models.qwen3_vl.config import Qwen3VLSpec
+from megatron_vlrl.models.qwen3_vl.config import Qwen3VLSpec, TextSpec
 from megatron_vlrl.parallel.dims import ParallelDims
 
 Recompute = Literal["none", "selective", "full"]
@@ -57,6 +57,8 @@ def text_config(
         extra.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     elif recompute == "selective":
         extra.update(recompute_granularity="selective", recompute_modules=["core_attn"])
+    if text.experts:
+        extra.update(_mixture(text, dims))
     if dims.virtual > 1:
         extra.update(virtual_pipeline_model_parallel_size=dims.virtual)
     if dims.pipeline > 1:
@@ -84,6 +86,21 @@ def text_config(
         **_common(dims, precision),
         **extra,
     )
+
+
+def _mixture(text: TextSpec, dims: ParallelDims) -> dict[str, Any]:
+    """Experts as in Hugging Face's: the softmax of the chosen logits is the normalised softmax of all. No token is
+    dropped, and nothing but the loss teaches the router."""
+    return {
+        "num_moe_experts": text.experts,
+        "moe_ffn_hidden_size": text.expert_ffn_size,
+        "moe_router_topk": text.experts_per_token,
+        "moe_router_pre_softmax": False,
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "alltoall",
+        "expert_model_parallel_size": dims.expert,
+        "expert_tensor_parallel_size": dims.tensor,
+    }
 
 
 def vision_config(spec: Qwen3VLSpec, dims: ParallelDims, precision: Precision) -> TransformerConfig:

@@ -1,10 +1,11 @@
-"""What megatron-core 0.16 needs to run without CUDA: four small shims, inert where CUDA exists.
+"""What megatron-core 0.16 needs to run without CUDA: five small shims, inert where CUDA exists.
 
 S1 `torch.cuda.current_device()` is called throughout: it answers the CPU device.
 S2 `device="cuda"` literals, `.cuda()` and 'torch.cuda.FloatTensor' type names: a TorchFunctionMode, entered
    around model build, forward-backward and optimizer step only (`on_device`).
 S3 the CUDA random-state tracker: a subclass over the CPU generator.
 S4 `torch.cuda.synchronize()`: does nothing.
+S5 the dispatcher of tokens to experts copies its counts to the host on a CUDA stream: it does without.
 Each has a canary test that fails when megatron-core no longer needs it.
 """
 
@@ -16,6 +17,8 @@ from typing import Any
 
 import megatron.core.tensor_parallel.random as mcore_random
 import torch
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
@@ -63,13 +66,23 @@ class CpuRngTracker(mcore_random.CudaRNGStatesTracker):
             torch.set_rng_state(outer)
 
 
+def _counts_on_host(dispatcher: Any, point: str, tokens_per_expert: Tensor | None = None) -> Tensor | None:
+    """S5: the counts are on the host already; the collectives want them as plain numbers."""
+    if point == dispatcher.cuda_dtoh_point and isinstance(dispatcher.input_splits, Tensor):
+        dispatcher.input_splits = dispatcher.input_splits.tolist()
+        dispatcher.output_splits = dispatcher.output_splits.tolist()
+    return tokens_per_expert
+
+
 def install() -> None:
-    """Put S1, S3 and S4 in place; nothing happens where CUDA exists. May be called again."""
+    """Put S1, S3, S4 and S5 in place; nothing happens where CUDA exists. May be called again."""
     if torch.cuda.is_available():
         return
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *_args, **_kwargs: None
     mcore_random.CudaRNGStatesTracker = CpuRngTracker
+    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = "none"  # or its constructor makes one
+    MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = _counts_on_host
     mcore_random._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
     mcore_random._set_cuda_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)
 

@@ -22,6 +22,8 @@ def initialise(dims: ParallelDims, timeout_seconds: float) -> tuple[ProcessGroup
         tensor_model_parallel_size=dims.tensor,
         pipeline_model_parallel_size=dims.pipeline,
         virtual_pipeline_model_parallel_size=dims.virtual if dims.virtual > 1 else None,
+        expert_model_parallel_size=dims.expert,
+        expert_tensor_parallel_size=dims.tensor,
         # megatron-core's groups do not take over the time limit of init_process_group.
         distributed_timeout_minutes=math.ceil(timeout_seconds / 60),
     )
@@ -32,6 +34,7 @@ def initialise(dims: ParallelDims, timeout_seconds: float) -> tuple[ProcessGroup
         pipeline=_group(parallel_state.get_pipeline_model_parallel_group()),
         data=_group(parallel_state.get_data_parallel_group()),
         model=_group(parallel_state.get_model_parallel_group()),
+        expert=_group(parallel_state.get_expert_model_parallel_group()),
     )
     return groups, ProcessGroupCollection.use_mpu_process_groups()
 

@@ -19,6 +19,9 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
@@ -142,7 +145,27 @@ class DeepStackLayer(TransformerLayer):
         return hidden, context
 
 
-def _layer(module: type, norm: type, core: type, mask: AttnMaskType, qk_norm: type) -> ModuleSpec:
+class Router(TopKRouter):
+    """megatron-core's choice of experts, on logits of the hidden states' own type, as Hugging Face has them."""
+
+    def gating(self, input: Tensor) -> Tensor:
+        """[T, 1, D] -> logits [T, 1, E]. megatron-core's own needs Transformer Engine (moe_utils.py: te_general_gemm)
+        even for this."""
+        return F.linear(input, self.weight)
+
+    def _apply_expert_bias(self, *_: Any, **__: Any) -> None:
+        """No bias balances the experts; megatron-core would compile a function to find that out."""
+
+
+_LINEARS = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+_MLP = ModuleSpec(module=MLP, submodules=_LINEARS)
+_EXPERTS = ModuleSpec(
+    module=MoELayer,
+    submodules=MoESubmodules(experts=ModuleSpec(module=SequentialMLP, submodules=_LINEARS), router=Router),
+)
+
+
+def _layer(module: type, norm: type, core: type, mask: AttnMaskType, qk_norm: type, mlp: ModuleSpec) -> ModuleSpec:
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
         core_attention=core,
@@ -150,7 +173,6 @@ def _layer(module: type, norm: type, core: type, mask: AttnMaskType, qk_norm: ty
         q_layernorm=qk_norm,
         k_layernorm=qk_norm,
     )
-    mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     return ModuleSpec(
         module=module,
         submodules=TransformerLayerSubmodules(
@@ -158,17 +180,18 @@ def _layer(module: type, norm: type, core: type, mask: AttnMaskType, qk_norm: ty
             self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": mask}, submodules=attention),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(module=MLP, submodules=mlp),
+            mlp=mlp,
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-def decoder_layer() -> ModuleSpec:
-    """One layer of the language model."""
-    return _layer(DeepStackLayer, RMSNorm, PackedRowAttention, AttnMaskType.causal, RMSNorm)
+def decoder_layer(*, mixture: bool = False) -> ModuleSpec:
+    """One layer of the language model; its MLP is a mixture of experts where asked."""
+    mlp = _EXPERTS if mixture else _MLP
+    return _layer(DeepStackLayer, RMSNorm, PackedRowAttention, AttnMaskType.causal, RMSNorm, mlp)
 
 
 def vision_layer() -> ModuleSpec:
     """One layer of the vision tower."""
-    return _layer(TransformerLayer, LayerNorm, ImageAttention, AttnMaskType.no_mask, IdentityOp)
+    return _layer(TransformerLayer, LayerNorm, ImageAttention, AttnMaskType.no_mask, IdentityOp, _MLP)

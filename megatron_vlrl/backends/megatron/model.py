@@ -12,6 +12,7 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 
 from megatron_vlrl.backends.megatron.layers import PackedRowParams, RMSNorm, decoder_layer
@@ -89,7 +90,9 @@ class Qwen3VLStage(MegatronModule):
         self.spec, self.pre_process, self.post_process = spec, first, last
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = spec.tied_embeddings
-        layers = [decoder_layer()] * get_num_layers_to_build(text, vp_stage=vp_stage)
+        start = get_transformer_layer_offset(text, vp_stage, rank)
+        count = get_num_layers_to_build(text, vp_stage, rank)
+        layers = [decoder_layer(mixture=spec.text.is_mixture(start + index)) for index in range(count)]
         self.vision_model = VisionTower(spec.vision, vision, process_groups) if first else None
         self.language_model = PackedRowGPT(
             text,

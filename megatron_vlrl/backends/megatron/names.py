@@ -5,15 +5,16 @@ A rule turns whole Hugging Face tensors into one rank's shard, and the shards of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_vlrl.models.qwen3_vl.config import Qwen3VLSpec
-from megatron_vlrl.models.qwen3_vl.names import TEXT, VISION
+from megatron_vlrl.models.hf_files import HFWeights
+from megatron_vlrl.models.qwen3_vl.config import Qwen3VLSpec, TextSpec
+from megatron_vlrl.models.qwen3_vl.names import EXPERTS_DOWN, EXPERTS_GATE_UP, TEXT, VISION
 
 Shape = tuple[int, ...]
 
@@ -114,12 +115,55 @@ class GatedMLP:
 
 
 @dataclass(frozen=True, slots=True)
+class FusedGate:
+    """`GatedMLP`, where gate and up are one tensor at Hugging Face too."""
+
+    def shard(self, whole: Sequence[Tensor], rank: int, size: int) -> Tensor:
+        """The rank's chunk of both halves."""
+        return GatedMLP().shard(whole[0].chunk(2), rank, size)
+
+    def join(self, shards: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
+        """[gate; up]."""
+        return [torch.cat(GatedMLP().join(shards, shapes))]
+
+
+@dataclass(frozen=True, slots=True)
+class EitherWay:
+    """One expert's matrix, [out, in] inside; some folders hold its transpose (see `as_stored`)."""
+
+    shape: Shape
+    inside: Layout
+
+    def shard(self, whole: Sequence[Tensor], rank: int, size: int) -> Tensor:
+        """The rank's part of the upright matrix."""
+        upright = whole[0] if tuple(whole[0].shape) == self.shape else whole[0].T
+        return self.inside.shard([upright], rank, size)
+
+    def join(self, shards: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
+        """The matrix, transposed where `shapes` say so."""
+        (upright,) = self.inside.join(shards, [self.shape])
+        return [upright if tuple(shapes[0]) == self.shape else upright.T]
+
+
+@dataclass(frozen=True, slots=True)
 class Rule:
-    """`local`: the parameter's name in the whole model (layers numbered from 0). `hf`: the tensors it is made of."""
+    """`local`: the parameter's name in the whole model (layers and experts numbered from 0). `hf`: the tensors it is
+    made of. `expert`: which row of theirs, where they stack all experts; the layout is then that of the row."""
 
     local: str
     hf: tuple[str, ...]
     layout: Layout
+    expert: int | None = None
+
+    def read(self, weights: HFWeights) -> list[Tensor]:
+        """What the parameter is made of, out of a folder."""
+        if self.expert is None:
+            return [weights.get(name) for name in self.hf]
+        return [weights.get(name)[self.expert] for name in self.hf]
+
+    def shapes(self, shapes: Mapping[str, Shape]) -> list[Shape]:
+        """Of what the parameter is made of."""
+        return [tuple(shapes[name]) if self.expert is None else tuple(shapes[name])[1:] for name in self.hf]
 
 
 def rules(spec: Qwen3VLSpec) -> list[Rule]:
@@ -127,7 +171,9 @@ def rules(spec: Qwen3VLSpec) -> list[Rule]:
     model = "language_model."
     table = [Rule(EMBEDDING, (f"{TEXT}embed_tokens.weight",), Split(0))]
     for layer in range(spec.text.layers):
-        table += _text_layer(spec, f"{model}decoder.layers.{layer}.", f"{TEXT}layers.{layer}.")
+        local, hf = f"{model}decoder.layers.{layer}.", f"{TEXT}layers.{layer}."
+        table += _text_layer(spec, local, hf)
+        table += _experts(spec.text, local, hf) if spec.text.is_mixture(layer) else _mlp(local, hf)
     table.append(Rule(f"{model}decoder.final_layernorm.weight", (f"{TEXT}norm.weight",), Replicated()))
     if not spec.tied_embeddings:
         table.append(Rule(HEAD, ("lm_head.weight",), Split(0)))
@@ -142,14 +188,29 @@ def _text_layer(spec: Qwen3VLSpec, local: str, hf: str) -> list[Rule]:
         "pre_mlp_layernorm": "post_attention_layernorm",
     }
     qkv = tuple(f"{hf}self_attn.{part}_proj.weight" for part in "qkv")
-    gated = (f"{hf}mlp.gate_proj.weight", f"{hf}mlp.up_proj.weight")
     return [
         *(Rule(f"{local}{mine}.weight", (f"{hf}{theirs}.weight",), Replicated()) for mine, theirs in copied.items()),
         Rule(f"{local}self_attention.linear_qkv.weight", qkv, QKV(spec.text.kv_heads)),
         Rule(f"{local}self_attention.linear_proj.weight", (f"{hf}self_attn.o_proj.weight",), Split(1)),
-        Rule(f"{local}mlp.linear_fc1.weight", gated, GatedMLP()),
+    ]
+
+
+def _mlp(local: str, hf: str) -> list[Rule]:
+    return [
+        Rule(f"{local}mlp.linear_fc1.weight", (f"{hf}mlp.gate_proj.weight", f"{hf}mlp.up_proj.weight"), GatedMLP()),
         Rule(f"{local}mlp.linear_fc2.weight", (f"{hf}mlp.down_proj.weight",), Split(1)),
     ]
+
+
+def _experts(text: TextSpec, local: str, hf: str) -> list[Rule]:
+    """The experts of a tensor follow each other, from 0."""
+    width, hidden = text.expert_ffn_size, text.hidden_size
+    gate_up, down = EitherWay((2 * width, hidden), FusedGate()), EitherWay((hidden, width), Split(1))
+    table = [Rule(f"{local}mlp.router.weight", (f"{hf}mlp.gate.weight",), Replicated())]
+    for linear, name, layout in (("linear_fc1", EXPERTS_GATE_UP, gate_up), ("linear_fc2", EXPERTS_DOWN, down)):
+        for n in range(text.experts):
+            table.append(Rule(f"{local}mlp.experts.local_experts.{n}.{linear}.weight", (hf + name,), layout, expert=n))
+    return table
 
 
 def _vision(spec: Qwen3VLSpec) -> list[Rule]:

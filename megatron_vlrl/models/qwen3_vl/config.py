@@ -12,7 +12,7 @@ from megatron_vlrl.errors import ModelError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextSpec:
-    """The language model."""
+    """The language model. Layers outside `dense_layers` (from 0) are mixtures of `experts`, where there are any."""
 
     vocab_size: int
     hidden_size: int
@@ -25,6 +25,18 @@ class TextSpec:
     rope_theta: float
     mrope_section: tuple[int, int, int]
     max_positions: int
+    experts: int = 0
+    experts_per_token: int = 0
+    expert_ffn_size: int = 0
+    dense_layers: tuple[int, ...] = ()
+
+    def is_mixture(self, layer: int) -> bool:
+        """Whether this layer (from 0) routes its tokens to experts."""
+        return self.experts > 0 and layer not in self.dense_layers
+
+
+# model_type of config.json -> whether its language model is a mixture of experts
+MODEL_TYPES = {"qwen3_vl": False, "qwen3_vl_moe": True}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,10 +86,13 @@ class Qwen3VLSpec:
         if not path.is_file():
             raise ModelError(f"{path} does not exist; model.path must be a Hugging Face folder of a Qwen3-VL")
         raw = json.loads(path.read_text(encoding="utf-8"))
-        if raw.get("model_type") != "qwen3_vl":
-            raise ModelError(f"{path} has model_type {raw.get('model_type')!r}; this version trains 'qwen3_vl'")
+        if raw.get("model_type") not in MODEL_TYPES:
+            raise ModelError(
+                f"{path} has model_type {raw.get('model_type')!r}; this version trains {' and '.join(MODEL_TYPES)}"
+            )
+        mixture = _mixture(raw["text_config"], path) if MODEL_TYPES[raw["model_type"]] else {}
         return cls(
-            text=_text(raw["text_config"]),
+            text=_text(raw["text_config"], mixture),
             vision=_vision(raw["vision_config"]),
             tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
             image_token_id=raw["image_token_id"],
@@ -87,7 +102,22 @@ class Qwen3VLSpec:
         )
 
 
-def _text(raw: dict[str, Any]) -> TextSpec:
+def _mixture(raw: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The fields of `TextSpec` about experts."""
+    if not raw.get("norm_topk_prob", True):
+        # Which transformers 5.19 does not read: it always normalises (modeling_qwen3_vl_moe.py, TopKRouter).
+        raise ModelError(f"{path} has norm_topk_prob false; Qwen3-VL-MoE's chosen experts share a weight of 1")
+    step = raw.get("decoder_sparse_step", 1)
+    named = raw.get("mlp_only_layers") or []
+    return {
+        "experts": raw["num_local_experts"] if "num_local_experts" in raw else raw["num_experts"],
+        "experts_per_token": raw["num_experts_per_tok"],
+        "expert_ffn_size": raw["moe_intermediate_size"],
+        "dense_layers": tuple(n for n in range(raw["num_hidden_layers"]) if n in named or (n + 1) % step),
+    }
+
+
+def _text(raw: dict[str, Any], mixture: dict[str, Any]) -> TextSpec:
     rope = raw.get("rope_parameters") or {**(raw.get("rope_scaling") or {}), "rope_theta": raw.get("rope_theta")}
     t, h, w = rope["mrope_section"]
     return TextSpec(
@@ -102,6 +132,7 @@ def _text(raw: dict[str, Any]) -> TextSpec:
         rope_theta=float(rope["rope_theta"]),
         mrope_section=(t, h, w),
         max_positions=raw["max_position_embeddings"],
+        **mixture,
     )
 
 

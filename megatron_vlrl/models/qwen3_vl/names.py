@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from megatron_vlrl.models.qwen3_vl.config import Qwen3VLSpec, TextSpec, VisionSpec
 
 TEXT = "model.language_model."
 VISION = "model.visual."
+EXPERTS_GATE_UP, EXPERTS_DOWN = EXPERTS = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -18,7 +21,8 @@ def hf_shapes(spec: Qwen3VLSpec) -> Shapes:
     if not spec.tied_embeddings:
         shapes["lm_head.weight"] = (spec.text.vocab_size, spec.text.hidden_size)
     for layer in range(spec.text.layers):
-        shapes |= {f"{TEXT}layers.{layer}.{name}": shape for name, shape in _text_layer(spec.text).items()}
+        mlp = _experts(spec.text) if spec.text.is_mixture(layer) else _mlp(spec.text)
+        shapes |= {f"{TEXT}layers.{layer}.{name}": shape for name, shape in (_text_layer(spec.text) | mlp).items()}
     return shapes | {VISION + name: shape for name, shape in _vision(spec.vision).items()}
 
 
@@ -33,10 +37,35 @@ def _text_layer(text: TextSpec) -> Shapes:
         "self_attn.q_norm.weight": (text.head_dim,),
         "self_attn.k_norm.weight": (text.head_dim,),
         "post_attention_layernorm.weight": (hidden,),
+    }
+
+
+def _mlp(text: TextSpec) -> Shapes:
+    hidden = text.hidden_size
+    return {
         "mlp.gate_proj.weight": (text.ffn_size, hidden),
         "mlp.up_proj.weight": (text.ffn_size, hidden),
         "mlp.down_proj.weight": (hidden, text.ffn_size),
     }
+
+
+def _experts(text: TextSpec) -> Shapes:
+    """Of all experts, as transformers 5 writes them: each expert's matrices are those of linear layers."""
+    return {
+        "mlp.gate.weight": (text.experts, text.hidden_size),
+        EXPERTS_GATE_UP: (text.experts, 2 * text.expert_ffn_size, text.hidden_size),
+        EXPERTS_DOWN: (text.experts, text.hidden_size, text.expert_ffn_size),
+    }
+
+
+def as_stored(shapes: Shapes, stored: Mapping[str, tuple[int, ...]]) -> Shapes:
+    """`shapes`, with those experts transposed that are so in `stored`: the published folders hold [E, in, out]."""
+    changed = {
+        name: (experts, inner, out)
+        for name, (experts, out, inner) in ((n, s) for n, s in shapes.items() if n.endswith(EXPERTS))
+        if tuple(stored.get(name, ())) == (experts, inner, out)
+    }
+    return shapes | changed
 
 
 def _vision(vision: VisionSpec) -> Shapes:
