@@ -1,0 +1,166 @@
+"""What a packed row keeps for its backward pass, in bytes of one rank; torch-free.
+
+In: the model, the degrees and the lengths of a row. Out: bytes that autograd holds on a pipeline stage. The sums count
+what the `local` layers keep (backends/megatron/layers.py), tensor by tensor; tests compare them with a real step. The
+norms' normalised rows are among it: the CPU keeps them, CUDA's fused norm does not.
+
+T packed tokens, D hidden size, A queries' width, K keys' width, F feed-forward width, Q patches, W vision width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_vlrl.models.qwen3_vl.config import Qwen3VLSpec, TextSpec, VisionSpec
+from megatron_vlrl.parallel.dims import ParallelDims
+
+Recompute = Literal["none", "selective", "full"]
+CHUNK_NUMBERS = 2**26  # logits that exist at once (parallel/logprob.py)
+_FLOAT = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """The lengths of a packed row: `prompts` times a prompt of `prompt` tokens, `image` of them from images, one image
+    a prompt, and `responses` answers of `response` tokens each."""
+
+    prompts: int
+    prompt: int
+    image: int
+    responses: int
+    response: int
+
+    @property
+    def tokens(self) -> int:
+        """Packed tokens: each prompt counts once."""
+        return self.prompts * (self.prompt + self.responses * self.response)
+
+    @property
+    def logit_rows(self) -> int:
+        """Rows that need logits: the last token of an answer predicts nothing."""
+        return self.prompts * (1 + self.responses * (self.response - 1))
+
+    @classmethod
+    def fill(cls, budget: int, *, prompt: int, image: int, responses: int, response: int) -> Row:
+        """As many whole groups as `budget` packed tokens hold, one at least."""
+        group = prompt + responses * response
+        return cls(prompts=max(1, budget // group), prompt=prompt, image=image, responses=responses, response=response)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kept:
+    """Bytes of one layer: `whole` without recompute; `core`, the part inside attention; `feed_forward`, the part after
+    it; `entry`, its input."""
+
+    whole: float
+    core: float
+    feed_forward: float
+    entry: float
+
+
+def text_layer(text: TextSpec, row: Row, dims: ParallelDims, width: int) -> Kept:
+    """A decoder layer's, at `width` bytes a number."""
+    tokens, hidden = row.tokens, text.hidden_size
+    queries, keys = text.heads * text.head_dim, text.kv_heads * text.head_dim
+    entry = tokens * hidden * width / _sequence(dims)
+    streams = 6 * entry  # of each of two norms: input, normalised, output
+    projections = tokens * (queries + 2 * keys) + tokens * (queries + keys) + tokens * queries
+    rotary = 4 * tokens * text.head_dim  # cosine and sine, for queries and for keys
+    norms = tokens * _FLOAT * (2 / _sequence(dims) + (text.heads + text.kv_heads) / dims.tensor)
+    core = _core(text, row, dims, width)
+    attention = (projections + tokens * queries) / dims.tensor * width + rotary * width + core
+    feed_forward = 5 * tokens * text.ffn_size / dims.tensor * width  # gate and up, silu, up, product
+    whole = streams + norms + attention + feed_forward
+    return Kept(whole=whole, core=core, feed_forward=feed_forward, entry=entry)
+
+
+def _core(text: TextSpec, row: Row, dims: ParallelDims, width: int) -> float:
+    """Inside attention: two padded batches of query, key, value and output, and the answers' mask as numbers."""
+    queries, keys = text.heads * text.head_dim, text.kv_heads * text.head_dim
+    prompt_tokens, answers = row.prompts * row.prompt, row.prompts * row.responses
+    answer_tokens, seen = answers * row.response, row.prompt + row.response
+    kept = prompt_tokens * (2 * queries + 2 * keys) + answer_tokens * 2 * queries + answers * seen * 2 * keys
+    mask = answers * row.response * seen
+    sums = (prompt_tokens + answer_tokens) * text.heads * _FLOAT
+    return (kept * width + sums) / dims.tensor + mask * width
+
+
+def text_layers(
+    spec: Qwen3VLSpec, row: Row, dims: ParallelDims, width: int, recompute: Recompute
+) -> tuple[float, float]:
+    """(bytes that a row keeps in a stage's decoder layers, what exists besides while a layer is computed again)."""
+    text = spec.text
+    layer, count = text_layer(text, row, dims, width), text.layers // dims.pipeline
+    if recompute == "full":
+        features = len(spec.vision.deepstack_layers) * layer.entry if row.image else 0.0
+        return features + count * layer.entry, layer.whole - layer.entry
+    if recompute == "selective":
+        queries, keys = text.heads * text.head_dim, text.kv_heads * text.head_dim
+        inputs = row.tokens * (queries + keys) / dims.tensor * width  # values are part of the projection
+        return count * (layer.whole - layer.core + inputs), max(0.0, layer.core - layer.feed_forward)
+    return count * layer.whole, 0.0
+
+
+def vision_tower(
+    spec: VisionSpec, row: Row, dims: ParallelDims, width: int, *, recompute: bool
+) -> tuple[float, float]:
+    """The same two numbers for the vision tower. `recompute`: whole layers are computed again."""
+    patches = row.prompts * row.image * spec.merge_size**2
+    layer, entry = _vision_layer(spec, patches, dims, width), patches * spec.hidden_size * width
+    mergers = (1 + len(spec.deepstack_layers)) * 3 * entry + entry
+    embedding = patches * (spec.patch_dim * width + 4 * (8 + width))  # patches, and taps into the position table
+    features = (1 + len(spec.deepstack_layers)) * row.prompts * row.image * spec.out_size * width
+    kept = spec.depth * (entry if recompute else layer) + mergers + embedding + features
+    return kept, layer - entry if recompute else 0.0
+
+
+def _vision_layer(spec: VisionSpec, patches: int, dims: ParallelDims, width: int) -> float:
+    hidden = spec.hidden_size
+    streams = 4 * hidden  # of each of two norms: input and output
+    attention = (3 + 3) * hidden / dims.tensor + 4 * hidden // spec.heads  # projection; query, key, output; rotary
+    feed_forward = 2 * spec.ffn_size / dims.tensor
+    sums = _FLOAT * (4 + spec.heads / dims.tensor)
+    return patches * ((streams + attention + feed_forward) * width + sums)
+
+
+def stage_activations(
+    spec: Qwen3VLSpec,
+    row: Row,
+    dims: ParallelDims,
+    width: int,
+    *,
+    stage: int,
+    recompute: Recompute,
+    recompute_vision: bool,
+) -> dict[str, float]:
+    """Bytes kept on a stage at the worst moment, in `text` and in `vision`.
+
+    Stage p of P has sent P - p rows ahead when the first comes back (one forward, one backward). What the head keeps is
+    gone when a decoder layer is computed again, and those are gone when it is a vision layer's turn.
+    """
+    in_flight = dims.pipeline - stage
+    kept, again = text_layers(spec, row, dims, width, recompute)
+    head = 0.0
+    if stage == dims.pipeline - 1:
+        norm = 2 * row.tokens * spec.text.hidden_size * width / _sequence(dims)
+        head = norm + row.logit_rows * spec.text.hidden_size * width
+    text = in_flight * kept + max(head, again)
+    if stage > 0 or not row.image:
+        return {"text": text, "vision": 0.0}
+    tower, tower_again = vision_tower(spec.vision, row, dims, width, recompute=recompute_vision)
+    return {"text": text, "vision": in_flight * tower + max(0.0, tower_again - kept - max(head, again))}
+
+
+def head_workspace(spec: Qwen3VLSpec, row: Row, dims: ParallelDims, width: int) -> float:
+    """While the head is differentiated: logits of a chunk, its gradient where it is of another type, and the gradient
+    of the head's weight."""
+    columns = math.ceil(spec.text.vocab_size / dims.tensor)
+    rows = min(row.logit_rows, max(1, CHUNK_NUMBERS // columns))
+    copy = width if width != _FLOAT else 0
+    return rows * columns * (_FLOAT + copy) + columns * spec.text.hidden_size * width
+
+
+def _sequence(dims: ParallelDims) -> int:
+    return dims.tensor if dims.sequence else 1
