@@ -7,12 +7,19 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from megatron_vlrl.cli import convert, data, doctor, evaluate, train
+from megatron_vlrl.cli import convert, data, doctor, evaluate, plan, train
 from megatron_vlrl.errors import VLRLError
 from megatron_vlrl.runtime import failure
 
 # Each has add_arguments(parser) and run(arguments) -> exit code; its docstring's first line is its help.
-COMMANDS = {"train": train, "evaluate": evaluate, "convert": convert, "data": data, "doctor": doctor}
+COMMANDS = {
+    "train": train,
+    "evaluate": evaluate,
+    "convert": convert,
+    "plan": plan,
+    "data": data,
+    "doctor": doctor,
+}
 
 EXIT_UNEXPECTED, EXIT_EXPECTED, EXIT_INTERRUPTED = 1, 2, 130
 
