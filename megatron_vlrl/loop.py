@@ -14,7 +14,7 @@ from megatron_vlrl.algorithms.schedules import learning_rate
 from megatron_vlrl.backends import BackendOptions, build_backend
 from megatron_vlrl.backends.protocol import UpdateResult
 from megatron_vlrl.checkpoint.export import export_model
-from megatron_vlrl.checkpoint.state import RunState, differences, summary
+from megatron_vlrl.checkpoint.state import STATE_FILE, RunState, differences, summary
 from megatron_vlrl.checkpoint.store import CheckpointStore
 from megatron_vlrl.config.load import dump
 from megatron_vlrl.config.schema import Config
@@ -42,7 +42,6 @@ from megatron_vlrl.types import Prompt, StepStats
 
 _log = logging.getLogger(__name__)
 CONFIG_FILE = "config.yaml"
-STATE_FILE = "run_state.json"
 
 
 def train(config: Config) -> str:
@@ -221,6 +220,8 @@ class Run:
         raw = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         state = RunState.from_dict(raw, model=summary(self.renderer.spec))
         self.backend.load(folder)
+        if state.step == 0:  # converted weights: no run has been here
+            return 0
         self.loader.restore(state.cursor)
         for change in differences(state.config, summary(self.config)):
             _log.warning("resuming with another setting: %s", change)

@@ -1,4 +1,4 @@
-"""Weights by Hugging Face name -> a folder that transformers loads: all or nothing, one shard in memory at a time.
+"""Weights by Hugging Face name -> a folder that transformers loads: all or nothing, one tensor in memory at a time.
 
 In: an iterator of (name, tensor), and the folder that the model came from. Out: sharded safetensors with an index,
 beside the source's config, tokenizer, processor, generation config and chat template.
@@ -7,26 +7,29 @@ beside the source's config, tokenizer, processor, generation config and chat tem
 from __future__ import annotations
 
 import json
-import os
+import logging
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from megatron_vlrl.backends.protocol import Backend
 from megatron_vlrl.checkpoint.files import flush, flush_folders, list_files
 from megatron_vlrl.errors import CheckpointError, ModelError, VLRLError
-from megatron_vlrl.models.hf_files import INDEX_NAME, WEIGHTS_NAME, HFWeights
+from megatron_vlrl.models.hf_files import HFWeights, TensorInfo
+from megatron_vlrl.models.hf_write import write_safetensors
+
+_log = logging.getLogger(__name__)
 
 _COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt")  # config, tokenizer, processor, templates; no code
 _COPIED_STEMS = ("LICENSE", "NOTICE")
 _COPIED_FOLDERS = ("additional_chat_templates",)
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _LISTED = 20  # tensors named in an error
 
 
@@ -44,25 +47,27 @@ def export_hf(
     source: Path,
     weights: Iterator[tuple[str, torch.Tensor]],
     *,
+    expected: Mapping[str, TensorInfo] | None = None,
     dtype: torch.dtype | None = None,
     shard_bytes: float = 5e9,
 ) -> None:
     """Write the folder `out`; what was there is replaced at the end, and only if all went well.
 
-    dtype: of the floating-point tensors; None gives each the source's. shard_bytes: largest weight file, unless one
-    tensor alone is larger. Names and shapes must be the source's (ModelError lists what differs). A disk that cannot
-    hold the folder raises CheckpointError. `weights` is drawn to its end in either case: other ranks help to make it,
-    while one rank calls this.
+    expected: names, shapes and dtypes of the weights; None takes the source's own weights for them, and whatever
+    differs raises ModelError with a list. dtype: of the floating-point tensors; None gives each the expected one.
+    shard_bytes: largest weight file, unless one tensor alone is larger. A disk that cannot hold the folder raises
+    CheckpointError. `weights` is drawn to its end in either case: other ranks help to make it, while one rank calls
+    this.
     """
     out, source = Path(out).absolute(), Path(source).absolute()
     part = out.with_name(f".{out.name}.part-{secrets.token_hex(4)}")
     try:
         _check_target(out, source)
-        expected = HFWeights(source)
+        wanted = _in_dtype(HFWeights(source).infos() if expected is None else expected, dtype)
         _remove_leftovers(out)
         part.mkdir(parents=True)
-        _copy_files(source, part, dtype)
-        _write_weights(part, _checked(weights, expected, dtype), shard_bytes)
+        copy_settings(source, part, dtype)
+        write_safetensors(part, _checked(weights, wanted, source), wanted, shard_bytes)
         for name in list_files(part):
             flush(part / name)
         flush_folders(part)
@@ -86,73 +91,44 @@ def _check_target(out: Path, source: Path) -> None:
         raise ModelError(f"{out} exists and is no Hugging Face folder (no config.json); choose another or empty it")
 
 
+def _in_dtype(expected: Mapping[str, TensorInfo], dtype: torch.dtype | None) -> dict[str, TensorInfo]:
+    if dtype is None:
+        return dict(expected)
+    return {
+        name: TensorInfo(info.shape, dtype) if info.dtype.is_floating_point else info for name, info in expected.items()
+    }
+
+
 def _checked(
-    weights: Iterator[tuple[str, torch.Tensor]], expected: HFWeights, dtype: torch.dtype | None
+    weights: Iterator[tuple[str, torch.Tensor]], expected: Mapping[str, TensorInfo], source: Path
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each tensor copied to the host in the dtype to write; after the last one ModelError if any did not fit."""
-    names, seen, wrong = set(expected.names), set[str](), []
+    """Each tensor on the host in the dtype to write; after the last one ModelError if any did not fit."""
+    seen, wrong = set[str](), []
     for name, tensor in weights:
         if name in seen:
             wrong.append(f"twice {name}")
-        elif name not in names:
+        elif name not in expected:
             wrong.append(f"extra {name}")
-        elif tuple(tensor.shape) != expected.shape(name):
-            wrong.append(f"misshapen {name} ({list(tensor.shape)} instead of {list(expected.shape(name))})")
-        elif tensor.is_floating_point() != expected.dtype(name).is_floating_point:
-            wrong.append(f"{name} of dtype {tensor.dtype} instead of {expected.dtype(name)}")
+        elif tuple(tensor.shape) != expected[name].shape:
+            wrong.append(f"misshapen {name} ({list(tensor.shape)} instead of {list(expected[name].shape)})")
+        elif tensor.is_floating_point() != expected[name].dtype.is_floating_point:
+            wrong.append(f"{name} of dtype {tensor.dtype} instead of {expected[name].dtype}")
         elif not wrong:
-            kind = dtype if dtype is not None and tensor.is_floating_point() else expected.dtype(name)
-            # A copy always: the next tensor may reuse this one's memory, and the shard keeps it until it is full.
-            yield name, tensor.detach().to("cpu", kind, copy=True, memory_format=torch.contiguous_format)
+            yield name, tensor.detach().to("cpu", expected[name].dtype)
         seen.add(name)
-    wrong += [f"missing {name}" for name in sorted(names - seen)]
+    wrong += [f"missing {name}" for name in sorted(set(expected) - seen)]
     if wrong:
         listed = "; ".join(wrong[:_LISTED]) + ("; ..." if len(wrong) > _LISTED else "")
-        raise ModelError(f"{len(wrong)} weights do not fit {expected.folder}, nothing was exported: {listed}")
+        raise ModelError(f"{len(wrong)} weights do not fit {source}, nothing was exported: {listed}")
 
 
-def _write_weights(folder: Path, weights: Iterator[tuple[str, torch.Tensor]], shard_bytes: float) -> None:
-    """One file if all fits, else numbered shards and an index. The count of shards is known, and named, at the end."""
-    shard: dict[str, torch.Tensor] = {}
-    held, total = 0, 0
-    shards: list[list[str]] = []
-    for name, tensor in weights:
-        if shard and held + tensor.nbytes > shard_bytes:
-            shards.append(_write_shard(folder, len(shards), shard))
-            held = 0
-        shard[name] = tensor
-        held += tensor.nbytes
-        total += tensor.nbytes
-    shards.append(_write_shard(folder, len(shards), shard))
-    if len(shards) == 1:
-        _shard_path(folder, 0).rename(folder / WEIGHTS_NAME)
-        return
-    placed = {}
-    for number, names in enumerate(shards):
-        final = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        _shard_path(folder, number).rename(folder / final)
-        placed.update(dict.fromkeys(names, final))
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+def copy_settings(source: Path, out: Path, dtype: torch.dtype | None = None) -> None:
+    """Copy everything of the folder `source` but weights and code: config, tokenizer, processor, templates, terms.
 
-
-def _write_shard(folder: Path, number: int, shard: dict[str, torch.Tensor]) -> list[str]:
-    """Write and empty `shard`; the names it held."""
-    path = _shard_path(folder, number)
-    save_file(shard, path, metadata={"format": "pt"})
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)  # safetensors makes its files private; these are as readable as their neighbours
-    names = list(shard)
-    shard.clear()
-    return names
-
-
-def _shard_path(folder: Path, number: int) -> Path:
-    return folder / f"shard-{number}"
-
-
-def _copy_files(source: Path, out: Path, dtype: torch.dtype | None) -> None:
+    dtype: the one that the copied config shall name.
+    """
+    if not any((source / name).is_file() for name in _TOKENIZERS):
+        _log.warning("%s has no tokenizer (none of %s); the result has none either", source, ", ".join(_TOKENIZERS))
     for path in sorted(source.iterdir()):
         if path.is_dir() and path.name in _COPIED_FOLDERS:
             shutil.copytree(path, out / path.name, copy_function=shutil.copyfile)

@@ -14,6 +14,7 @@ from megatron_vlrl.config.schema import Config
 from megatron_vlrl.errors import CheckpointError
 from megatron_vlrl.models.qwen3_vl.config import Qwen3VLSpec
 
+STATE_FILE = "run_state.json"  # in a checkpoint's folder
 VERSION = 1
 
 

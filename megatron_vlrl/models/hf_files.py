@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_vlrl.errors import ModelError
 
@@ -23,7 +23,7 @@ INDEX_NAME = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit; a larger one is a damaged or hostile file
 
 # safetensors' dtype -> (torch's name, bytes of one number)
-_DTYPES = {
+DTYPES = {
     "F64": ("float64", 8),
     "F32": ("float32", 4),
     "F16": ("float16", 2),
@@ -40,6 +40,14 @@ _DTYPES = {
 
 
 @dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a header says of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
 class _Entry:
     file: Path
     shape: tuple[int, ...]
@@ -53,7 +61,6 @@ class HFWeights:
         """Read the headers under `folder`; ModelError if a file is missing, truncated or not safetensors."""
         self.folder = Path(folder)
         self._entries = _entries(self.folder)
-        self._open: dict[Path, Any] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -68,18 +75,23 @@ class HFWeights:
         """Dtype as stored, from the header."""
         import torch
 
-        stored: torch.dtype = getattr(torch, _DTYPES[self._entry(name).dtype][0])
+        stored: torch.dtype = getattr(torch, DTYPES[self._entry(name).dtype][0])
         return stored
 
     def get(self, name: str) -> torch.Tensor:
-        """One whole tensor on the host, read when asked for; not to be written to."""
+        """One whole tensor on the host, read when asked for; not to be written to.
+
+        Its memory is the file's pages, given back with the last reference to it.
+        """
         from safetensors import safe_open
 
-        file = self._entry(name).file
-        if file not in self._open:
-            self._open[file] = safe_open(file, framework="pt", device="cpu")
-        tensor: torch.Tensor = self._open[file].get_tensor(name)
+        with safe_open(self._entry(name).file, framework="pt", device="cpu") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
         return tensor
+
+    def infos(self) -> dict[str, TensorInfo]:
+        """Every tensor's shape and dtype, in the order of `names`."""
+        return {name: TensorInfo(self.shape(name), self.dtype(name)) for name in self.names}
 
     def items(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) in the order of `names`; one tensor is read at a time."""
@@ -145,7 +157,7 @@ def _read_header(file: Path) -> dict[str, _Entry]:
 
 
 def _bytes(entry: _Entry) -> int:
-    return math.prod(entry.shape) * _DTYPES[entry.dtype][1]
+    return math.prod(entry.shape) * DTYPES[entry.dtype][1]
 
 
 def _some(names: list[str], limit: int = 5) -> str:

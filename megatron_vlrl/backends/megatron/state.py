@@ -75,7 +75,7 @@ def _load_weights(folder: Path, chunks: Sequence[Qwen3VLStage]) -> None:
     for chunk in chunks:
         # What a layer keeps besides its weights (FP8 scales) is nobody's to convert, and empty without them.
         wanted = {key: part for key, part in chunk.sharded_state_dict().items() if not key.endswith("_extra_state")}
-        chunk.load_state_dict(dist_checkpointing.load(wanted, str(folder)))
+        chunk.load_state_dict(dist_checkpointing.load({"model": wanted}, str(folder))["model"])
 
 
 def _shards(chunks: Sequence[Qwen3VLStage], optimizer: MegatronOptimizer, *, loading: bool) -> dict[str, Any]:

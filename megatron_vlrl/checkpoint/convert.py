@@ -1,0 +1,106 @@
+"""Hugging Face folders to checkpoints and back: in one process, one tensor in memory at a time, all or nothing.
+
+A converted checkpoint holds weights only, as step 0 of a run, and beside them (`hf/`) the config, tokenizer, processor
+and generation settings that the way back needs.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from megatron_vlrl.backends.layout import check_layout
+from megatron_vlrl.backends.megatron.shards import stored_weights, write_shards
+from megatron_vlrl.backends.megatron.weights import check_complete
+from megatron_vlrl.checkpoint.export import copy_settings, export_hf
+from megatron_vlrl.checkpoint.files import flush, flush_folders, list_files
+from megatron_vlrl.checkpoint.manifest import Manifest, check_file, describe_file
+from megatron_vlrl.checkpoint.state import STATE_FILE, RunState, summary
+from megatron_vlrl.errors import CheckpointError, ModelError
+from megatron_vlrl.models.hf_files import HFWeights
+from megatron_vlrl.models.qwen3_vl.config import Qwen3VLSpec
+from megatron_vlrl.models.qwen3_vl.names import hf_shapes
+from megatron_vlrl.parallel.dims import ParallelDims
+
+SETTINGS_FOLDER = "hf"
+_LISTED = 5  # tensors named in an error
+
+
+def convert_from_hf(source: Path, out: Path, dims: ParallelDims) -> None:
+    """Write the checkpoint `out`, cut for `dims`, from the Hugging Face folder `source`.
+
+    `run.resume` takes it at any layout. `out` must not exist, or be empty. ModelError, ConfigError, before anything is
+    written, if the weights are incomplete, do not fit the config, differ in dtype, or cannot be cut so.
+    """
+    source, out = Path(source).absolute(), Path(out).absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} exists and is not an empty folder; choose another or empty it")
+    spec = Qwen3VLSpec.load(source)
+    weights = HFWeights(source)
+    check_complete(weights, hf_shapes(spec))
+    _check_dtype(weights)
+    check_layout(spec, dims)
+    part = out.with_name(f".{out.name}.part-{secrets.token_hex(4)}")
+    try:
+        (part / SETTINGS_FOLDER).mkdir(parents=True)
+        copy_settings(source, part / SETTINGS_FOLDER)
+        write_shards(part, weights, spec, dims)
+        start = RunState(step=0, updates=0, cursor={}, algorithm={}, model=summary(spec), config={})
+        (part / STATE_FILE).write_text(json.dumps(start.to_dict()), encoding="utf-8")
+        _finish(part, dims)
+        part.rename(out)  # an empty folder is replaced
+        flush(out.parent)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer has RuntimeError for a full disk
+        raise CheckpointError(
+            f"{source} could not be converted to {out}: {error}; free space on that disk or choose another folder"
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def convert_to_hf(checkpoint: Path, out: Path, source: Path | None = None) -> None:
+    """Write the Hugging Face folder `out` from a checkpoint's weights, once every file of it is verified.
+
+    source: the folder that the checkpoint's run started from, for settings and dtype; None for a converted
+    checkpoint, which keeps its settings and gives its weights as they are. What was in `out` is replaced at the end.
+    """
+    problems = _problems(checkpoint)
+    if problems:
+        raise CheckpointError(f"{checkpoint} is damaged: {'; '.join(problems)}; nothing was written")
+    settings = checkpoint / SETTINGS_FOLDER if source is None else source
+    stored = stored_weights(checkpoint, Qwen3VLSpec.load(settings))
+    export_hf(out, settings, stored.items(), expected=stored.infos() if source is None else None)
+
+
+def _check_dtype(weights: HFWeights) -> None:
+    kinds = Counter(info.dtype for info in weights.infos().values())
+    usual = kinds.most_common(1)[0][0]
+    others = [f"{name} {info.dtype}" for name, info in weights.infos().items() if info.dtype != usual]
+    if others or not usual.is_floating_point:
+        listed = ", ".join(others[:_LISTED]) + (", ..." if len(others) > _LISTED else "")
+        raise ModelError(
+            f"{weights.folder} has weights of several dtypes or not of floating point ({usual}; {listed}); "
+            "save the model in one floating-point dtype first"
+        )
+
+
+def _finish(folder: Path, dims: ParallelDims) -> None:
+    """Flush what was written, and name it in a manifest."""
+    names = list_files(folder)
+    for name in names:
+        flush(folder / name)
+    files = {name: describe_file(folder, name) for name in names}
+    Manifest(step=0, sequence=1, layout=asdict(dims), files=files).write(folder)
+    flush_folders(folder)
+
+
+def _problems(checkpoint: Path) -> list[str]:
+    files = Manifest.read(checkpoint).files
+    found = (check_file(checkpoint, name, record) for name, record in files.items())
+    return [problem for problem in found if problem]
