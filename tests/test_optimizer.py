@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from megatron_vlrl.backends import Backend, build_backend
+from megatron_vlrl.backends.megatron import optimizer
+from megatron_vlrl.backends.megatron.adam import FusedAdam
 from megatron_vlrl.backends.megatron.names import EMBEDDING, HEAD, rules
 from megatron_vlrl.backends.megatron.optimizer import freeze, match_names
 from megatron_vlrl.backends.protocol import TokenReport
@@ -21,7 +23,7 @@ from megatron_vlrl.config.schema import ModelConfig, OptimizerConfig
 from megatron_vlrl.errors import ConfigError
 from megatron_vlrl.packing import Microbatch, pack
 from megatron_vlrl.types import RolloutGroup
-from tests.reference import backend_options, local_state, make_groups, relative, renderer_and_sampling
+from tests.reference import backend_options, make_groups, relative, renderer_and_sampling
 from tests.spawn import run_ranks
 from tests.spec import SPEC
 from tests.tiny import make_tiny
@@ -82,12 +84,19 @@ def copy_of(backend: Backend) -> dict[str, Tensor]:
     return {name: weight.clone() for name, weight in backend.hf_weights()}
 
 
-def train(folder: Path, parallel: dict[str, int]) -> list[dict[str, Any]]:
+def make(folder: Path, layout: dict[str, Any], *, clip_norm: float = CONFIG.clip_norm) -> Backend:
+    """`layout`: ParallelConfig's settings, and `distributed`."""
+    optimizer.BUCKET_SIZE = 10_000
+    _, sampling = renderer_and_sampling(folder)
+    config = replace(CONFIG, clip_norm=clip_norm, distributed=layout.get("distributed", False))
+    options = backend_options(folder, sampling, **{key: layout[key] for key in layout if key != "distributed"})
+    return build_backend(replace(options, model=ModelConfig(path=str(folder), freeze=FREEZE), optimizer=config))
+
+
+def train(folder: Path, layout: dict[str, Any]) -> list[dict[str, Any]]:
     """Three good steps, and bad ones before the last where there are data ranks; how far weights are from torch's."""
-    renderer, sampling = renderer_and_sampling(folder)
-    options = backend_options(folder, sampling, **parallel)
-    model = ModelConfig(path=str(folder), freeze=FREEZE)
-    backend = build_backend(replace(options, model=model, optimizer=CONFIG))
+    renderer, _ = renderer_and_sampling(folder)
+    backend = make(folder, layout)
     data = backend.groups.data
     groups: list[RolloutGroup] = make_groups(renderer)
     batches = [pack(groups[data.rank :: data.size], multiple=backend.groups.tensor.size)]
@@ -123,11 +132,22 @@ def train(folder: Path, parallel: dict[str, int]) -> list[dict[str, Any]]:
     return results
 
 
+def everything(backend: Any) -> dict[str, Tensor]:
+    """Copies of this rank's weights and of all that its optimizer keeps."""
+    kept = {name: weight.detach().clone() for name, weight in backend.weights.parameters.items()}
+    for index, part in enumerate(optimizer.parts_of(backend.optimizer)):
+        for place, state in enumerate(part.optimizer.state.values()):
+            kept |= {f"{index} {place} {key}": value.clone() for key, value in state.items()}
+        steps = [group["step"] for group in part.optimizer.param_groups]
+        kept[f"{index} steps"] = torch.tensor(steps)
+    return kept
+
+
 def bad_step(backend: Backend, batches: list[Microbatch], kind: str) -> dict[str, Any]:
     """A step that is not finite on one data rank."""
-    before = local_state(backend)
+    before = everything(backend)
     update = backend.train_step(batches, spoilt(kind, here=backend.groups.data.rank == 1), 1e-2)
-    after = local_state(backend)
+    after = everything(backend)
     assert set(before) == set(after)
     return {
         "skipped": update.skipped,
@@ -142,9 +162,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny(tmp_path_factory.mktemp("model"), layers=4)
 
 
-@pytest.fixture(scope="module")
-def ranks(folder: Path) -> list[list[dict[str, Any]]]:
-    return run_ranks(train, 2, folder, {"data": 2})
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "plain": {"data": 2},
+    "overlap": {"data": 2, "overlap": True},
+    "distributed": {"data": 2, "distributed": True},
+    "distributed, overlap": {"data": 2, "distributed": True, "overlap": True},
+}
+
+
+@pytest.fixture(scope="module", params=["plain", "distributed, overlap"])
+def ranks(folder: Path, request: pytest.FixtureRequest) -> list[list[dict[str, Any]]]:
+    return run_ranks(train, 2, folder, LAYOUTS[request.param])
 
 
 def check_steps(steps: list[dict[str, Any]]) -> None:
@@ -185,6 +213,92 @@ def test_a_frozen_tied_table_stays_on_both_stages(folder: Path) -> None:
     for moved, count in run_ranks(train_with_frozen_table, 2, folder):
         assert len(moved) == count - 1
         assert not {EMBEDDING, HEAD} & set(moved)
+
+
+# For each step, the groups of each data rank's microbatches (0, 2 and 3 have images): one rank alone sees images,
+# then none in its last microbatch, then the other one, then nobody.
+STEPS = (([[0], [2]], [[4], [1]]), ([[3], [1]], [[0, 2], [4]]), ([[1], [4]], [[2], [0, 3]]), ([[1]], [[4]]))
+
+
+def count_early_starts(backend: Any) -> list[int]:
+    """For each step to come, how many buckets' reductions began during the backward pass."""
+    started: list[int] = []
+    if backend._overlap:
+        start_rest = backend._overlap.start_rest
+
+        def counted() -> None:
+            started.append(backend._overlap._started)
+            start_rest()
+
+        backend._overlap.start_rest = counted
+    return started
+
+
+def images_here_and_there(folder: Path, layout: dict[str, Any]) -> list[dict[str, Tensor]]:
+    """After each step: log-probs as a step's score sees them, gradients, weights and the norm.
+
+    Not clipped: the norm is added up in another order where the optimizer is distributed.
+    """
+    renderer, _ = renderer_and_sampling(folder)
+    backend = make(folder, layout, clip_norm=0.0)
+    groups, rank = make_groups(renderer), backend.groups.data.rank
+    started = count_early_starts(backend)
+    results = []
+    for number, cuts in enumerate(STEPS):
+        batches = [pack([groups[index] for index in cut]) for cut in cuts[rank]]
+        if number == 2:
+            assert backend.train_step(batches, spoilt("loss", here=rank == 1), 1e-2).skipped
+        update = backend.train_step(batches, mean_surprise, 1e-2)
+        result = {"norm": torch.tensor(update.grad_norm), "score": backend.score(batches)[-1].log_probs.clone()}
+        result |= {f"gradient of {name}": gradient.clone() for name, gradient in backend.hf_gradients()}
+        results.append(result | copy_of(backend))
+    if layout.get("overlap"):
+        buckets = len(backend._overlap._buckets)
+        assert len(started) == len(STEPS) + 1
+        assert buckets > 5
+        assert min(started) > buckets // 2, started
+        assert (started[0] == buckets) == (rank == 0)  # only there the last microbatch has an image
+    backend.close()
+    return results
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> list[list[dict[str, Tensor]]]:
+    return run_ranks(images_here_and_there, 2, folder, LAYOUTS["plain"])
+
+
+@pytest.mark.parametrize("name", ["overlap", "distributed", "distributed, overlap"])
+def test_images_on_some_ranks_only(name: str, folder: Path, plain: list[list[dict[str, Tensor]]]) -> None:
+    for rank, expected in zip(run_ranks(images_here_and_there, 2, folder, LAYOUTS[name]), plain, strict=True):
+        assert len(rank) == len(STEPS)
+        for step, reference in zip(rank, expected, strict=True):
+            assert set(step) == set(reference)
+            far = {key: relative(step[key], reference[key]) for key in step}
+            assert far.pop("norm") < 1e-6
+            assert max(far.values()) < 1e-6, {key: value for key, value in far.items() if value >= 1e-6}
+        moved = [key for key in rank[0] if "gradient" in key and rank[0][key].any()]
+        assert any("visual.merger" in key for key in moved)
+        assert not any(rank[-1][key].any() for key in rank[-1] if "gradient of model.visual" in key)
+
+
+def test_the_stand_in_is_torchs_adamw_to_the_bit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in [(3, 5), (7,), (2, 2, 2)]]
+    results = []
+    for kind in (torch.optim.AdamW, FusedAdam):
+        generator.manual_seed(1)
+        parameters = [torch.nn.Parameter(value.clone()) for value in start]
+        groups = [{"params": parameters[:2]}, {"params": parameters[2:], "weight_decay": 0.0, "lr": 0.3}]
+        adam = kind(groups, lr=0.1, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.2)
+        for number in range(5):
+            for parameter in parameters:
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            if number == 3:
+                adam.load_state_dict(adam.state_dict())
+            adam.step()
+        results.append([*parameters, *(adam.state[p][key] for p in parameters for key in ("exp_avg", "exp_avg_sq"))])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_the_settings_are_all_in_use() -> None:
