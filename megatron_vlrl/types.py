@@ -2,11 +2,12 @@
 
 Everything here is torch-free, frozen and validated on construction. Shape letters, used everywhere:
 P prompt tokens, R response tokens, G rollouts of a group, N rollouts of a step over all ranks,
-K reward components, I images, Q vision patches, T packed tokens, V vocabulary, D hidden size.
+K reward components, I images, F frames of a video, Q vision patches, T packed tokens, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -25,10 +26,35 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Message:
-    """One turn of a prompt. `<image>` in `content` marks where the next image stands."""
+    """One turn of a prompt. `<image>` in `content` marks where the next image stands.
+
+    `<video>` does so for videos in a sample that has some; elsewhere it is text.
+    """
 
     role: Literal["system", "user", "assistant"]
     content: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Video:
+    """Frames already taken out of a video. timestamps: F numbers, seconds from its start, never falling.
+
+    frames: F encoded images (PNG, JPEG, WebP) of one size, decoded when the prompt is rendered.
+
+    Example: Video(frames=(png, png), timestamps=(0.0, 0.5))
+    """
+
+    frames: tuple[bytes, ...]
+    timestamps: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        times = self.timestamps
+        _require(len(self.frames) >= 1, "a video has at least one frame")
+        _require(len(times) == len(self.frames), f"a video has {len(self.frames)} frames but {len(times)} timestamps")
+        _require(
+            all(math.isfinite(time) and time >= 0 for time in times) and list(times) == sorted(times),
+            f"a video's timestamps must be seconds from 0 on, in order, not {list(times)}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +62,7 @@ class Sample:
     """One question of the dataset, as stored.
 
     key: unique in the dataset. task: a name in `tasks.TASKS`, or a user's `package.module:function`.
-    images: encoded bytes (PNG, JPEG, WebP), decoded when the prompt is rendered.
+    images: encoded bytes (PNG, JPEG, WebP), decoded when the prompt is rendered. videos: their frames likewise.
     answer: gold answer, JSON. position: place in the global order, the same for every number of ranks.
 
     Example: Sample(key="count-7", task="count", messages=(Message(role="user", content="How many?"),),
@@ -50,6 +76,7 @@ class Sample:
     answer: Any
     position: int
     meta: Mapping[str, Any] = field(default_factory=dict)
+    videos: tuple[Video, ...] = ()
 
     def __post_init__(self) -> None:
         _require(bool(self.messages), f"sample {self.key!r} has no messages")
@@ -57,6 +84,11 @@ class Sample:
         _require(
             marks in (0, len(self.images)),
             f"sample {self.key!r} has {len(self.images)} images but {marks} <image> marks; use none or one for each",
+        )
+        marks = sum(m.content.count("<video>") for m in self.messages)
+        _require(
+            not self.videos or marks in (0, len(self.videos)),
+            f"sample {self.key!r} has {len(self.videos)} videos but {marks} <video> marks; use none or one for each",
         )
 
 
@@ -66,7 +98,8 @@ class Prompt:
 
     token_ids: int[P], image tokens expanded. positions: int64[3, P], MRoPE (time, height, width).
     grids: (t, h, w) in patches for each image. patches: float32[Q_i, patch size] for each image,
-    in the merge-block order of the Hugging Face processor.
+    in the merge-block order of the Hugging Face processor. A video stands there as its steps in time (pairs of frames,
+    for Qwen3-VL), each an image with t = 1. video_grids: which of the grids are such steps, ascending.
     """
 
     sample: Sample
@@ -74,6 +107,7 @@ class Prompt:
     positions: NDArray[np.int64]
     grids: tuple[tuple[int, int, int], ...]
     patches: tuple[NDArray[np.float32], ...]
+    video_grids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _require(self.positions.shape == (3, len(self.token_ids)), "positions must be int64[3, P]")
@@ -83,6 +117,10 @@ class Prompt:
                 grid[0] * grid[1] * grid[2] == len(patch),
                 f"grid {grid} does not hold {len(patch)} patches",
             )
+        _require(
+            all(0 <= index < len(self.grids) for index in self.video_grids),
+            f"video_grids {self.video_grids} name grids that are not there; there are {len(self.grids)}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -44,7 +44,8 @@ class Microbatch:
 
     input_ids: [T]. positions: [3, T], MRoPE. segments: host table. logit_rows: [U], tokens whose logits are needed; the
     prompt's last token stands once for the first tokens of its G responses. source: [R], place in logit_rows.
-    target_ids: [R]. patches: float32[Q, patch size]. grids: (t, h, w) of each image, in row order.
+    target_ids: [R]. patches: float32[Q, patch size]. grids: (t, h, w) of each image, and of each step
+    in time of a video, in row order.
     lengths: response lengths, M numbers that add up to R. targets: None when only scoring.
     """
 

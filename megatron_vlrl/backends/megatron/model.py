@@ -114,6 +114,10 @@ class Qwen3VLStage(MegatronModule):
         self.first_layer, self.last_layer = decoder[0].layer_number - 1, decoder[-1].layer_number - 1
         for layer in decoder:
             layer.first_feature = self.first_layer
+            if spec.text.is_mixture(layer.layer_number - 1):
+                for parameter in layer.mlp.experts.parameters():
+                    # Experts have an optimizer of their own, at degree 1 too: a checkpoint fits any degree.
+                    parameter.allreduce = False
         self._features: Tensor | None = None
 
     def shared_embedding_or_output_weight(self) -> Tensor:
@@ -166,7 +170,8 @@ class Qwen3VLStage(MegatronModule):
         embedded = self.language_model.embedding(batch.input_ids[None], None)
         features = None
         if batch.grids:
-            places = (batch.input_ids == self.spec.image_token_id).nonzero()[:, 0]
+            is_image, is_video = (batch.input_ids == i for i in (self.spec.image_token_id, self.spec.video_token_id))
+            places = (is_image | is_video).nonzero()[:, 0]
             image, deep = self.vision_model(batch.patches, batch.grids)
             embedded = embedded.index_copy(0, places, image.to(embedded.dtype)[:, None])
             zeros = torch.zeros_like(embedded)

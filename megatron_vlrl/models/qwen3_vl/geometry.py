@@ -1,8 +1,9 @@
 """Where tokens and patches stand: pure numpy functions of image grids.
 
-In: token ids and grids (t, h, w) in patches. Out: MRoPE positions of a prompt, coordinates of vision patches, and the
-bilinear taps into the learned table of vision positions. The arithmetic is that of transformers 5.19
-(modeling_qwen3_vl.py `get_rope_index`, vision_utils.py), float32 rounding included.
+In: token ids and grids (t, h, w) in patches; a video's step in time is an image with t = 1, only of video tokens. Out:
+MRoPE positions of a prompt, coordinates of vision patches, and the bilinear taps into the learned table of vision
+positions. The arithmetic is that of transformers 5.19 (modeling_qwen3_vl.py `get_rope_index`, vision_utils.py), float32
+rounding included.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ def mrope_positions(token_ids: Sequence[int], grids: Sequence[Grid], spec: Qwen3
     """Time, height and width positions of each prompt token: int64[3, P].
 
     Text counts up alike in the three rows. An image that starts at s holds s + (0, row, column) of its merged grid,
-    and the text after it goes on at s + max(rows, columns). ValueError when the image tokens are not those of `grids`.
+    and the text after it goes on at s + max(rows, columns). Steps of a video count as images: the text between them,
+    their timestamps, carries the time. ValueError when image and video tokens are not those of `grids`.
     """
     ids = np.asarray(token_ids, dtype=np.int64)
     merge = spec.vision.merge_size
-    is_image = ids == spec.image_token_id
+    is_image = (ids == spec.image_token_id) | (ids == spec.video_token_id)
     expected = sum(image_token_count(grid, merge) for grid in grids)
     if is_image.sum() != expected:
         raise ValueError(
@@ -45,7 +47,7 @@ def mrope_positions(token_ids: Sequence[int], grids: Sequence[Grid], spec: Qwen3
     for grid in grids:
         start = done + int(np.argmax(is_image[done:]))
         end = start + image_token_count(grid, merge)
-        if not is_image[start:end].all():
+        if not (is_image[start:end] & (ids[start:end] == ids[start])).all():
             raise ValueError(f"the image tokens from {start} on are not the {end - start} in a row of grid {grid}")
         positions[:, done:start] = np.arange(current, current + start - done)
         current += start - done

@@ -1,7 +1,7 @@
 """A sample becomes a prompt: chat template, image tokens, positions and patches.
 
-In: `Sample`s and a Hugging Face folder (chat template, tokenizer, image processor, config). Out: `Prompt`s, made once
-and used by the engine and the trainer alike; and the way back, token ids to text. Token ids are those that
+In: `Sample`s and a Hugging Face folder (chat template, tokenizer, image and video processor, config). Out: `Prompt`s,
+made once and used by the engine and the trainer alike; and the way back, token ids to text. Token ids are those that
 Qwen3VLProcessor gives; a dataset's text can never become a special token.
 """
 
@@ -11,7 +11,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,21 +22,23 @@ from megatron_vlrl.data.decode import decode_image
 from megatron_vlrl.errors import ModelError, SampleError
 from megatron_vlrl.models.qwen3_vl.config import Qwen3VLSpec
 from megatron_vlrl.models.qwen3_vl.geometry import Grid, image_token_count, mrope_positions
+from megatron_vlrl.models.qwen3_vl.video import VideoFrames, check_sizes, step_times, timestamp_text
 from megatron_vlrl.types import Message, Prompt, Sample
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessorPil
 
-IMAGE_MARK = "<image>"
-IMAGE_PART = {"type": "image"}
+IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"
+IMAGE_PART, VIDEO_PART = {"type": "image"}, {"type": "video"}
+Times = tuple[tuple[float, ...], ...]  # of each video, of each of its steps in time
 
 
 class Renderer:
     """Renders the samples of a run with the files of one model folder.
 
-    `<image>` in a message marks where its image stands; without marks the images come first in the first user
-    message. ModelError when the folder's files are missing or do not fit together.
+    `<image>` in a message marks where its image stands, `<video>` its video; without marks the images, then the videos
+    come first in the first user message. ModelError when the folder's files are missing or do not fit together.
     """
 
     def __init__(self, folder: Path, max_prompt_tokens: int) -> None:
@@ -44,6 +46,7 @@ class Renderer:
         self._limit = max_prompt_tokens
         self._tokenizer = _load_tokenizer(folder)
         self._processor = _load_image_processor(folder, self.spec)
+        self._video = VideoFrames(folder, self.spec)
         self.stop_token_ids = _stop_token_ids(folder, self._tokenizer)
         self.banned_token_ids = _banned_token_ids(self._tokenizer, self.spec)
         self._special = re.compile("|".join(map(re.escape, _special_tokens(self._tokenizer))))
@@ -52,8 +55,12 @@ class Renderer:
     def render(self, sample: Sample) -> Prompt:
         """The sample as the model sees it. SampleError when it is unusable: image, text or length."""
         unexpanded = self._unexpanded_ids(sample)
-        images = [self._process(decode_image(data, sample.key), sample.key) for data in sample.images]
-        grids = tuple(grid for grid, _ in images)
+        places = [token for token in unexpanded if token in (self.spec.image_token_id, self.spec.video_token_id)]
+        is_video = [token == self.spec.video_token_id for token in places]
+        images = (self._process(decode_image(data, sample.key), sample.key) for data in sample.images)
+        steps = (step for video in sample.videos for step in self._video.process(video, sample.key))
+        visions = [next(steps if moving else images) for moving in is_video]
+        grids = tuple(grid for grid, _ in visions)
         counts = [image_token_count(grid, self.spec.vision.merge_size) for grid in grids]
         total = len(unexpanded) - len(counts) + sum(counts)
         if total > self._limit:
@@ -62,13 +69,17 @@ class Renderer:
                 f"its prompt has {total} tokens, {sum(counts)} of them vision tokens, over data.max_prompt_tokens = "
                 f"{self._limit}; raise the limit, or shorten the text or shrink the images",
             )
-        token_ids = expand_images(unexpanded, self.spec.image_token_id, counts)
+        token_ids = unexpanded
+        for kind in (self.spec.image_token_id, self.spec.video_token_id):
+            own = [count for token, count in zip(places, counts, strict=True) if token == kind]
+            token_ids = expand_images(token_ids, kind, own)
         return Prompt(
             sample=sample,
             token_ids=token_ids,
             positions=mrope_positions(token_ids, grids, self.spec),
             grids=grids,
-            patches=tuple(patches for _, patches in images),
+            patches=tuple(patches for _, patches in visions),
+            video_grids=tuple(index for index, moving in enumerate(is_video) if moving),
         )
 
     def encode(self, text: str) -> tuple[int, ...]:
@@ -81,7 +92,7 @@ class Renderer:
         return self._tokenizer.decode(list(body), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def _unexpanded_ids(self, sample: Sample) -> tuple[int, ...]:
-        """Token ids with one image token for each image."""
+        """Token ids with one image token for each image and one video token for each step in time of a video."""
         import jinja2
 
         for message in sample.messages:
@@ -91,8 +102,9 @@ class Renderer:
                     f"its text holds the special token {found.group()!r}, which only the chat template may write; "
                     f"mark images with {IMAGE_MARK}",
                 )
+        times = tuple(step_times(video, self.spec.vision.temporal_patch_size) for video in sample.videos)
         try:
-            token_ids = self._template_ids(sample.messages, len(sample.images))
+            token_ids = self._template_ids(sample.messages, len(sample.images), times)
         except jinja2.TemplateError as error:
             raise SampleError(sample.key, f"the model's chat template refuses its messages: {error}") from error
         if (placed := token_ids.count(self.spec.image_token_id)) != len(sample.images):
@@ -100,11 +112,24 @@ class Renderer:
                 sample.key,
                 f"{placed} of its {len(sample.images)} images have a place in the prompt; add a user message",
             )
+        if token_ids.count(self.spec.video_token_id) != sum(map(len, times)):
+            raise SampleError(
+                sample.key,
+                f"its {len(sample.videos)} videos have not one place each in the prompt; add a user message, and use a "
+                "chat template that knows videos",
+            )
         return token_ids
 
-    def _apply_template(self, messages: tuple[Message, ...], images: int) -> tuple[int, ...]:
-        chat = chat_messages(messages, images)
+    def _apply_template(self, messages: tuple[Message, ...], images: int, times: Times) -> tuple[int, ...]:
+        chat = chat_messages(messages, images, len(times))
         text = self._tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        start, video, end = self._tokenizer.convert_ids_to_tokens(
+            [self.spec.vision_start_token_id, self.spec.video_token_id, self.spec.vision_end_token_id]
+        )
+        # The template's own pair of vision tokens stays around the whole, as Qwen3VLProcessor leaves it. A template
+        # that writes more or fewer places than there are videos gives another number of video tokens: seen above.
+        texts = iter(["".join(timestamp_text(time) + start + video + end for time in steps) for steps in times])
+        text = re.sub(re.escape(video), lambda place: next(texts, place.group()), text)
         return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _process(self, image: Image, key: str) -> tuple[Grid, NDArray[np.float32]]:
@@ -116,25 +141,30 @@ class Renderer:
         return (t, h, w), np.asarray(out["pixel_values"], dtype=np.float32)
 
 
-def chat_messages(messages: Sequence[Message], images: int) -> list[dict[str, Any]]:
-    """Messages as chat templates take them: a string, or a list of text and image parts where images stand."""
-    marked = any(IMAGE_MARK in message.content for message in messages)
+def chat_messages(messages: Sequence[Message], images: int, videos: int = 0) -> list[dict[str, Any]]:
+    """Messages as chat templates take them: a string, or a list of text, image and video parts where those stand.
+
+    `<video>` is a mark only where there are videos: text about web pages may hold it.
+    """
+    marks = {IMAGE_MARK: IMAGE_PART} | ({VIDEO_MARK: VIDEO_PART} if videos else {})
     first_user = next((i for i, message in enumerate(messages) if message.role == "user"), None)
+    unmarked = []
+    for mark, count in ((IMAGE_MARK, images), (VIDEO_MARK, videos)):
+        if not any(mark in message.content for message in messages):
+            unmarked += [mark] * count
     out: list[dict[str, Any]] = []
     for index, message in enumerate(messages):
-        leading = images if index == first_user and not marked else 0
-        parts = [IMAGE_PART] * leading + _parts(message.content)
-        out.append({"role": message.role, "content": parts if IMAGE_PART in parts else message.content})
+        leading = [marks[mark] for mark in unmarked] if index == first_user else []
+        parts = leading + _parts(message.content, marks)
+        plain = all(part["type"] == "text" for part in parts)
+        out.append({"role": message.role, "content": message.content if plain else parts})
     return out
 
 
-def _parts(content: str) -> list[dict[str, str]]:
-    """Text parts with an image part at every mark; empty texts are left out."""
-    parts = []
-    for index, text in enumerate(content.split(IMAGE_MARK)):
-        parts += [IMAGE_PART] if index else []
-        parts += [{"type": "text", "text": text}] if text else []
-    return parts
+def _parts(content: str, marks: Mapping[str, dict[str, str]]) -> list[dict[str, str]]:
+    """Text parts with an image or video part at every mark; empty texts are left out."""
+    pieces = re.split(f"({'|'.join(marks)})", content)
+    return [marks.get(piece, {"type": "text", "text": piece}) for piece in pieces if piece]
 
 
 def expand_images(token_ids: Iterable[int], image_token_id: int, counts: Sequence[int]) -> tuple[int, ...]:
@@ -163,12 +193,7 @@ def _load_image_processor(folder: Path, spec: Qwen3VLSpec) -> Qwen2VLImageProces
         processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ModelError(f"no image processor could be loaded from {folder}: {error}") from error
-    for name in ("patch_size", "temporal_patch_size", "merge_size"):
-        mine, model = getattr(processor, name), getattr(spec.vision, name)
-        if mine != model:
-            raise ModelError(
-                f"{folder}: the image processor's {name} is {mine}, the model's is {model}; make them equal"
-            )
+    check_sizes(processor, "image processor", folder, spec)
     return processor
 
 

@@ -114,15 +114,12 @@ def _chances(prompts: Sequence[Prompt], sampling: Sampling) -> NDArray[np.float6
 def _prefill(model: Qwen3VLForConditionalGeneration, prompts: Sequence[Prompt], sampling: Sampling) -> _Rows:
     """Run each prompt once and hand its cache to its n rows."""
     ids, positions, visible = _left_padded(prompts)
-    patches = [patch for prompt in prompts for patch in prompt.patches]
-    grids = [grid for prompt in prompts for grid in prompt.grids]
     cache = DynamicCache(config=model.config.text_config)
     hidden = model.model(
         input_ids=ids,
         attention_mask=_prompt_mask(visible),
         position_ids=positions,
-        pixel_values=torch.from_numpy(np.concatenate(patches)) if patches else None,
-        image_grid_thw=torch.tensor(grids) if grids else None,
+        **_vision_inputs(prompts),
         past_key_values=cache,
         use_cache=True,
     ).last_hidden_state[:, -1]
@@ -136,6 +133,25 @@ def _prefill(model: Qwen3VLForConditionalGeneration, prompts: Sequence[Prompt], 
         done=torch.zeros(len(prompts) * n, dtype=torch.bool),
         cache=cache,
     )
+
+
+def _vision_inputs(prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+    """Patches and grids under the model's two sets of names: images apart from videos, each in the prompts' order."""
+    inputs = {}
+    for pixels_name, grid_name, wanted in (
+        ("pixel_values", "image_grid_thw", False),
+        ("pixel_values_videos", "video_grid_thw", True),
+    ):
+        own = [
+            (grid, patch)
+            for prompt in prompts
+            for index, (grid, patch) in enumerate(zip(prompt.grids, prompt.patches, strict=True))
+            if (index in prompt.video_grids) == wanted
+        ]
+        if own:
+            inputs[pixels_name] = torch.from_numpy(np.concatenate([patch for _, patch in own]))
+            inputs[grid_name] = torch.tensor([grid for grid, _ in own])
+    return inputs
 
 
 def _left_padded(prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor, Tensor]:
