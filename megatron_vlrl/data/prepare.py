@@ -1,7 +1,8 @@
 """A user's JSONL and image folder -> webdataset shards with a manifest and an index.
 
-In: lines `{"key", "task", "prompt", "images": [paths], "answer", "meta": {}}`. Out: a folder with `train-000000.tar`,
-..., `index.npz` and `manifest.json`, which appears whole or not at all. The same input gives the same bytes.
+In: lines `{"key", "task", "prompt", "images": [paths], "answer", "meta": {}, "videos": [{"frames": [paths], "fps"}]}`,
+the last two if wanted. Out: a folder with `train-000000.tar`, ..., `index.npz` and `manifest.json`, which appears whole
+or not at all. The same input gives the same bytes.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ Item = tuple[Row, list[tuple[str, bytes]]]
 def prepare(jsonl: Path, images: Path, out: Path, samples_per_shard: int, check: Check | None = None) -> Manifest:
     """Write the shards of `jsonl` to `out`, which must not exist or be empty.
 
-    Paths of images are taken from the folder `images` and may not lead out of it; their bytes are stored untouched.
-    They are recognised by their first bytes only: one that is damaged further on is found, skipped and counted when it
-    is decoded. check(task, answer) raises a VLRLError for a gold answer that its task could never reward.
+    Paths of images and frames are taken from the folder `images` and may not lead out of it; their bytes are stored
+    untouched. They are recognised by their first bytes only: one that is damaged further on is found, skipped and
+    counted when it is decoded. check(task, answer) raises a VLRLError for a gold answer that its task could never reward.
     Raises DataError with file and line number for the first line that cannot be taken.
     """
     if samples_per_shard < 1:
@@ -55,7 +56,7 @@ def prepare(jsonl: Path, images: Path, out: Path, samples_per_shard: int, check:
 
 
 def _items(jsonl: Path, images: Path, check: Check | None) -> Iterator[Item]:
-    """Each line's row and its images as (suffix, bytes)."""
+    """Each line's row and its images and frames as (suffix, bytes)."""
     root = images.resolve()
     first_line: dict[str, int] = {}
     with open(jsonl, "rb") as lines:
@@ -69,8 +70,8 @@ def _items(jsonl: Path, images: Path, check: Check | None) -> Iterator[Item]:
                 first_line[row.key] = number
                 if check is not None:
                     check(row.task, row.answer)
-                loaded = [_image(root, name) for name in row.images]
-                make_sample(row, tuple(data for _, data in loaded), position=0)
+                loaded = [_image(root, name) for name in row.names]
+                make_sample(row, [data for _, data in loaded], position=0)
             except VLRLError as error:
                 raise DataError(f"{jsonl}:{number}: {error}") from error
             yield row, loaded
@@ -99,10 +100,10 @@ def _write(folder: Path, items: Iterator[Item], samples_per_shard: int) -> Manif
     while item is not None:
         with ShardWriter(folder / f"train-{len(shards):06d}.tar") as shard:
             while item is not None and shard.samples < samples_per_shard:
-                row, images = item
+                row, files = item
                 keys.append(row.key)
                 tasks.append(row.task)
-                places.append((len(shards), *shard.add(row, images)))
+                places.append((len(shards), *shard.add(row, files)))
                 item = next(items, None)
             shards.append(shard.finish())
     counts = dict(Counter(tasks))

@@ -2,28 +2,39 @@
 
 In: JSON text. Out: `Row`, and with its images' bytes a `Sample`. Knows nothing of files, tar or order.
 In a JSONL line `images` holds paths; in a shard it holds the member suffixes (`0.png`, `1.jpg`), in the prompt's order.
+A video is `{"frames": [names], "fps": 2}` or `{"frames": [names], "timestamps": [0.0, 0.5]}`, in a shard the latter
+with suffixes `v0.f0.png`, ...: its frames have been taken out of their container before, by another program.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, NoReturn, get_args, get_type_hints
 
 from megatron_vlrl.errors import DataError
-from megatron_vlrl.types import Message, Sample
+from megatron_vlrl.types import Message, Sample, Video
 
 REQUIRED = ("key", "task", "prompt", "images", "answer")
-FIELDS = (*REQUIRED, "meta")
+FIELDS = (*REQUIRED, "meta", "videos")
 ROLES: tuple[str, ...] = get_args(get_type_hints(Message)["role"])
-MAX_KEY_BYTES = 80  # a plain tar header holds 100 bytes of name; the rest is for `.12345.jpeg`
+MAX_KEY_BYTES = 80  # a plain tar header holds 100 bytes of name; the rest is for `.v999.f12345.jpeg`
+MAX_SECONDS = 1e9
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VideoRow:
+    """The names of a video's frames and their times in seconds, one for each."""
+
+    frames: tuple[str, ...]
+    timestamps: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """The fields of one question; `images` are names, not bytes."""
+    """The fields of one question; `images` and frames of `videos` are names, not bytes."""
 
     key: str
     task: str
@@ -31,6 +42,12 @@ class Row:
     images: tuple[str, ...]
     answer: Any
     meta: Mapping[str, Any]
+    videos: tuple[VideoRow, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those of every image, then of every frame."""
+        return (*self.images, *(name for video in self.videos for name in video.frames))
 
 
 def parse_row(text: bytes) -> Row:
@@ -49,9 +66,10 @@ def parse_row(text: bytes) -> Row:
         key=_key(record["key"]),
         task=_text(record["task"], "task"),
         messages=_messages(record["prompt"]),
-        images=_names(record["images"]),
+        images=_names(record["images"], "images"),
         answer=record["answer"],
         meta=meta,
+        videos=_videos(record.get("videos", [])),
     )
 
 
@@ -66,20 +84,30 @@ def dump_row(row: Row) -> bytes:
         "answer": row.answer,
         "meta": row.meta,
     }
+    if row.videos:
+        record["videos"] = [{"frames": list(v.frames), "timestamps": list(v.timestamps)} for v in row.videos]
     return json.dumps(record, separators=(",", ":"), allow_nan=False).encode()
 
 
-def make_sample(row: Row, images: tuple[bytes, ...], position: int) -> Sample:
-    """Join a row with its images' bytes. Raises DataError where `<image>` marks and images disagree."""
+def make_sample(row: Row, files: Sequence[bytes], position: int) -> Sample:
+    """Join a row with its files' bytes, in the order of `row.names`.
+
+    Raises DataError where `<image>` marks and images, `<video>` marks and videos, or frames and timestamps disagree.
+    """
+    content = iter(files)
     try:
         return Sample(
             key=row.key,
             task=row.task,
             messages=row.messages,
-            images=images,
+            images=tuple(next(content) for _ in row.images),
             answer=row.answer,
             position=position,
             meta=row.meta,
+            videos=tuple(
+                Video(frames=tuple(next(content) for _ in video.frames), timestamps=video.timestamps)
+                for video in row.videos
+            ),
         )
     except ValueError as error:
         raise DataError(str(error)) from error
@@ -119,10 +147,39 @@ def _key(value: Any) -> str:
     return key
 
 
-def _names(value: Any) -> tuple[str, ...]:
+def _names(value: Any, field: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
-        raise DataError(f"images must be a list of paths, found {value!r}")
+        raise DataError(f"{field} must be a list of paths, found {value!r}")
     return tuple(value)
+
+
+def _videos(value: Any) -> tuple[VideoRow, ...]:
+    if not isinstance(value, list):
+        raise DataError(f"videos must be a list, found {value!r}")
+    return tuple(_video(video) for video in value)
+
+
+def _video(value: Any) -> VideoRow:
+    if not isinstance(value, dict) or set(value) not in ({"frames", "fps"}, {"frames", "timestamps"}):
+        raise DataError(
+            f'a video is {{"frames": [paths], "fps": number}} or {{"frames": [paths], "timestamps": [seconds]}}, found '
+            f"{value!r}; take frames out of a video file before"
+        )
+    frames = _names(value["frames"], "frames")
+    if "timestamps" in value:
+        times = value["timestamps"]
+        if not isinstance(times, list) or not all(_is_number(time) for time in times):
+            raise DataError(f"timestamps must be a list of seconds, found {times!r}")
+        return VideoRow(frames=frames, timestamps=tuple(map(float, times)))
+    fps = value["fps"]
+    if not _is_number(fps) or fps <= 0:
+        raise DataError(f"fps must be a number over 0, found {fps!r}")
+    return VideoRow(frames=frames, timestamps=tuple(number / fps for number in range(len(frames))))
+
+
+def _is_number(value: Any) -> bool:
+    """JSON's `true` is none, nor is what no clock counts: 1e999, which is read as infinity."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_SECONDS
 
 
 def _messages(prompt: Any) -> tuple[Message, ...]:

@@ -1,6 +1,7 @@
 """Bytes of a tar shard <-> one sample: writes members with webdataset, reads them back by seeking.
 
-A sample is a run of neighbouring members: `KEY.0.png`, `KEY.1.jpg`, ... and `KEY.json`, whose `images` names these.
+A sample is a run of neighbouring members: `KEY.0.png`, `KEY.1.jpg`, ..., `KEY.v0.f0.png` (frame 0 of video 0), ... and
+`KEY.json`, whose `images` and `videos` name these.
 Reading trusts nothing: a header that is damaged, a name that is not the index's, a link, a path or a member type
 outside MEMBER_TYPES is a SampleError. Nothing is ever unpickled or unpacked to disk.
 """
@@ -66,12 +67,15 @@ class ShardWriter:
         finally:
             self._file.close()
 
-    def add(self, row: Row, images: Sequence[tuple[str, bytes]]) -> tuple[int, int]:
-        """Append a sample; `images` are (suffix, encoded bytes). Returns offset and size in bytes, headers included."""
-        suffixes = tuple(f"{i}.{suffix}" for i, (suffix, _) in enumerate(images))
-        members = {name: data for name, (_, data) in zip(suffixes, images, strict=True)}
+    def add(self, row: Row, files: Sequence[tuple[str, bytes]]) -> tuple[int, int]:
+        """Append a sample. Returns offset and size in bytes, headers included.
+
+        files: (suffix, encoded bytes) of its images and frames, in the order of `row.names`.
+        """
+        renamed = _member_names(row, [suffix for suffix, _ in files])
+        members = {name: data for name, (_, data) in zip(renamed.names, files, strict=True)}
         start = self._tar.tarstream.offset
-        self._tar.write({"__key__": row.key, "json": dump_row(replace(row, images=suffixes)), **members})
+        self._tar.write({"__key__": row.key, "json": dump_row(renamed), **members})
         self.samples += 1
         return start, self._tar.tarstream.offset - start
 
@@ -79,6 +83,17 @@ class ShardWriter:
         """End the archive and describe it."""
         self._tar.close()
         return FileEntry(name=self._name, sha256=self._file.close(), size=self._file.size, samples=self.samples)
+
+
+def _member_names(row: Row, suffixes: Sequence[str]) -> Row:
+    """The row with the names that its files have in a shard."""
+    suffix = iter(suffixes)
+    images = tuple(f"{i}.{next(suffix)}" for i in range(len(row.images)))
+    videos = tuple(
+        replace(video, frames=tuple(f"v{number}.f{i}.{next(suffix)}" for i in range(len(video.frames))))
+        for number, video in enumerate(row.videos)
+    )
+    return replace(row, images=images, videos=videos)
 
 
 def read_sample(path: Path, *, key: str, offset: int, size: int, position: int) -> Sample:
@@ -102,9 +117,9 @@ def _sample(block: bytes, key: str, position: int) -> Sample:
     row = parse_row(members.pop("json"))
     if row.key != key:
         raise DataError(f"its JSON is of sample {row.key!r}")
-    if sorted(row.images) != sorted(members):
-        raise DataError(f"its JSON names images {list(row.images)}, the shard holds {list(members)}")
-    return make_sample(row, tuple(members[name] for name in row.images), position)
+    if sorted(row.names) != sorted(members):
+        raise DataError(f"its JSON names images {list(row.names)}, the shard holds {list(members)}")
+    return make_sample(row, [members[name] for name in row.names], position)
 
 
 def _members(block: bytes, key: str) -> Iterator[tuple[str, bytes]]:
