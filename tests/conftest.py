@@ -31,6 +31,11 @@ def _missing_neuron() -> str | None:
 NEEDS = {"gpu": _missing_gpu, "neuron": _missing_neuron}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--write-layouts`: put the errors of `-m layouts` into docs/layouts.md."""
+    parser.addoption("--write-layouts", action="store_true", help="write the table of docs/layouts.md")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs hardware that is not here; hardware is looked for only when a test asks for it."""
     for marker, missing in NEEDS.items():

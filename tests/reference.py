@@ -117,16 +117,21 @@ def hf_scores(
         tokens = [*prompt.token_ids, *rollout.token_ids]
         ids[row, : len(tokens)] = torch.tensor(tokens)
         mask[row, : len(tokens)] = 1
-    types = (ids == model.config.image_token_id).int()
-    grids = torch.tensor([grid for prompt, _ in rows for grid in prompt.grids])
-    patches = torch.cat([torch.from_numpy(patch) for prompt, _ in rows for patch in prompt.patches]).double()
-    positions, _ = model.model.get_rope_index(ids, types, image_grid_thw=grids, attention_mask=mask)
+    types = (ids == model.config.image_token_id).int() + 2 * (ids == model.config.video_token_id).int()
+    prompts = [prompt for prompt, _ in rows]
+    grids, patches = {}, {}
+    for name, pixels, videos in (("image", "pixel_values", False), ("video", "pixel_values_videos", True)):
+        wanted = [(p, i) for p in prompts for i in range(len(p.grids)) if (i in p.video_grids) == videos]
+        if wanted:
+            grids[f"{name}_grid_thw"] = torch.tensor([p.grids[i] for p, i in wanted])
+            patches[pixels] = torch.cat([torch.from_numpy(p.patches[i]) for p, i in wanted]).double()
+    positions, _ = model.model.get_rope_index(ids, types, **grids, attention_mask=mask)
     logits = model(
         input_ids=ids,
         attention_mask=mask,
         position_ids=positions,
-        pixel_values=patches,
-        image_grid_thw=grids,
+        **patches,
+        **grids,
         mm_token_type_ids=types,
         use_cache=False,
     ).logits
@@ -209,13 +214,15 @@ def token_loss(batch: Microbatch, log_probs: Tensor, entropies: Tensor) -> tuple
     )
 
 
-def backend_options(folder: Path, sampling: Sampling, **parallel: object) -> BackendOptions:
-    """Options of a plain AdamW run at fp32."""
+def backend_options(
+    folder: Path, sampling: Sampling, *, distributed: bool = False, eps: float = 1e-8, **parallel: object
+) -> BackendOptions:
+    """Options of an AdamW run at fp32. distributed: its state is cut over the data ranks."""
     return BackendOptions(
         folder=folder,
         model=ModelConfig(path=str(folder)),
         parallel=replace(ParallelConfig(), **parallel),
-        optimizer=OptimizerConfig(lr=1e-3, clip_norm=1e9),
+        optimizer=OptimizerConfig(lr=1e-3, clip_norm=1e9, distributed=distributed, eps=eps),
         sampling=sampling,
         seed=0,
     )

@@ -53,8 +53,9 @@ def tiny_config(
     vision_depth: int,
     deepstack: Sequence[int],
     moe: bool = False,
+    heads: tuple[int, int] = (4, 2),
 ) -> Qwen3VLConfig | Qwen3VLMoeConfig:
-    """Hidden 64, 4 heads on 2 key/value heads, an 8x8 table of vision positions. moe: each token goes to 2 of 4
+    """Hidden 64, heads on key/value heads, an 8x8 table of vision positions. moe: each token goes to 2 of 4
     experts, but in layer 1, which is dense."""
     from transformers import Qwen3VLConfig, Qwen3VLMoeConfig
 
@@ -63,8 +64,8 @@ def tiny_config(
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
         "head_dim": 16,
         "vocab_size": padded_vocab(tokenizer),
         "max_position_embeddings": 2048,
@@ -127,14 +128,17 @@ def make_tiny(
     deepstack: Sequence[int] = (0, 2),
     seed: int = 0,
     moe: bool = False,
+    heads: tuple[int, int] = (4, 2),
 ) -> Path:
     """Write config, float32 weights, tokenizer and processor of a tiny Qwen3-VL into `folder` and return it.
 
     384 embedding rows, of which the last have no token. Heads, key/value heads, vocabulary and widths divide by 2.
-    moe: a Qwen3-VL-MoE.
+    moe: a Qwen3-VL-MoE. heads: of queries, and of keys and values.
     """
     tokenizer = tiny_tokenizer()
-    config = tiny_config(tokenizer, tied=tied, layers=layers, vision_depth=vision_depth, deepstack=deepstack, moe=moe)
+    config = tiny_config(
+        tokenizer, tied=tied, layers=layers, vision_depth=vision_depth, deepstack=deepstack, moe=moe, heads=heads
+    )
     model = _moe_model(config, tokenizer) if moe else random_model(config, tokenizer, seed)
     _roughen(model, seed)
     make_processor(tokenizer).save_pretrained(folder)

@@ -32,7 +32,7 @@ from megatron_vlrl.backends.megatron.optimizer import (
 from megatron_vlrl.backends.megatron.overlap import Overlap
 from megatron_vlrl.backends.megatron.pipeline import VaryingShapeP2P, backward_group
 from megatron_vlrl.backends.megatron.weights import WeightMap
-from megatron_vlrl.backends.protocol import TokenLoss, TokenScores, UpdateResult
+from megatron_vlrl.backends.protocol import Saving, TokenLoss, TokenScores, UpdateResult
 from megatron_vlrl.models.hf_files import HFWeights
 from megatron_vlrl.models.qwen3_vl.config import Qwen3VLSpec
 from megatron_vlrl.models.qwen3_vl.names import as_stored, hf_shapes
@@ -67,7 +67,7 @@ class MegatronBackend:
         precision = Precision(dtype=getattr(torch, options.model.dtype))
         text = text_config(spec, dims, precision, parallel.recompute)
         with cpu.on_device():
-            vision = vision_config(spec, dims, precision)
+            vision = vision_config(spec, dims, precision, recompute=parallel.recompute_vision)
             self.chunks = [Qwen3VLStage(spec, text, vision, process_groups, chunk=n) for n in range(dims.virtual)]
             table = rules(spec)
             source = HFWeights(options.folder)
@@ -149,11 +149,11 @@ class MegatronBackend:
             self._overlap.gather_parameters()
         return UpdateResult(sums=sums, maxima=maxima, grad_norm=norm, skipped=skipped)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, *, asynchronous: bool = False) -> Saving | None:
         """See `state.save`."""
         self._complete_weights()
         with cpu.on_device():
-            state.save(folder, self.chunks, self.optimizer, self.groups)
+            return state.save(folder, self.chunks, self.optimizer, self.groups, asynchronous=asynchronous)
 
     def load(self, folder: Path) -> None:
         """See `state.load`."""

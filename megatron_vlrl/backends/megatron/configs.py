@@ -91,7 +91,10 @@ def text_config(
 def _mixture(text: TextSpec, dims: ParallelDims) -> dict[str, Any]:
     """Experts as in Hugging Face's: the softmax of the chosen logits is the normalised softmax of all. No token is
     dropped, and nothing but the loss teaches the router."""
+    kinds = [int(text.is_mixture(layer)) for layer in range(text.layers)]
     return {
+        # As a list, layers have names of their own in a checkpoint; stacked under one name, all must be alike.
+        "moe_layer_freq": 1 if len(set(kinds)) == 1 else kinds,
         "num_moe_experts": text.experts,
         "moe_ffn_hidden_size": text.expert_ffn_size,
         "moe_router_topk": text.experts_per_token,
@@ -103,7 +106,9 @@ def _mixture(text: TextSpec, dims: ParallelDims) -> dict[str, Any]:
     }
 
 
-def vision_config(spec: Qwen3VLSpec, dims: ParallelDims, precision: Precision) -> TransformerConfig:
+def vision_config(
+    spec: Qwen3VLSpec, dims: ParallelDims, precision: Precision, *, recompute: bool = False
+) -> TransformerConfig:
     """The vision tower's: tensor parallel, never sequence or pipeline parallel."""
     vision = spec.vision
     return TransformerConfig(
@@ -120,5 +125,8 @@ def vision_config(spec: Qwen3VLSpec, dims: ParallelDims, precision: Precision) -
         add_bias_linear=True,
         add_qkv_bias=True,
         qk_layernorm=False,
+        recompute_granularity="full" if recompute else None,
+        recompute_method="uniform" if recompute else None,
+        recompute_num_layers=1 if recompute else None,
         **_common(dims, precision),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from megatron_vlrl.backends.megatron.layers import vision_layer
 from megatron_vlrl.models.qwen3_vl.config import VisionSpec
@@ -39,12 +41,18 @@ class PatchMerger(nn.Module):
         return self.linear_fc2(F.gelu(self.linear_fc1(merged.view(-1, self.width))))
 
 
+def _run_layer(layer: nn.Module, rotary: Tensor, packed: PackedSeqParams, hidden: Tensor) -> Tensor:
+    out, _context = layer(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=packed)
+    return out  # type: ignore[no-any-return]
+
+
 class VisionTower(MegatronModule):
     """Tensor-parallel layers; patch embedding, positions and mergers are the same on every rank of the tensor group."""
 
     def __init__(self, vision: VisionSpec, config: TransformerConfig, process_groups: ProcessGroupCollection) -> None:
         super().__init__(config)
         self.vision, self.process_groups = vision, process_groups
+        self.recompute = config.recompute_granularity == "full"
         dtype = config.params_dtype
         # A convolution whose stride is its kernel is a linear map of the flattened patch.
         self.patch_embed = nn.Linear(vision.patch_dim, vision.hidden_size, dtype=dtype)
@@ -68,9 +76,9 @@ class VisionTower(MegatronModule):
         packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=borders, cu_seqlens_kv=borders)
         hidden, features = hidden[:, None], []
         for index, layer in enumerate(self.layers):
-            hidden, _ = layer(
-                hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=packed
-            )
+            run = functools.partial(_run_layer, layer, rotary, packed)
+            # Not megatron-core's own checkpoint: without a gradient of its input it forgets that of the parameters.
+            hidden = checkpoint(run, hidden, use_reentrant=False) if self.recompute else run(hidden)
             if index in self.vision.deepstack_layers:
                 merger = self.deepstack_merger_list[self.vision.deepstack_layers.index(index)]
                 features.append(merger(hidden[:, 0]))
