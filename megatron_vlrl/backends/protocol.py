@@ -49,6 +49,17 @@ class UpdateResult:
     skipped: str | None
 
 
+class Saving(Protocol):
+    """Shards that are being written while training goes on."""
+
+    def finished(self, *, wait: bool) -> bool:
+        """Whether every rank's are written; wait: return when they are. Collective, not to be asked again once True.
+
+        CheckpointError, on every rank, if any of them could not be written.
+        """
+        ...
+
+
 class Backend(Protocol):
     """A model spread over processes, with its optimizer. Every method is collective: all ranks call it together."""
 
@@ -74,8 +85,11 @@ class Backend(Protocol):
         """Accumulate the microbatches' gradients over the data group, clip, and update at learning rate `lr`."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write weights, optimizer and random state as shards into an empty folder."""
+    def save(self, folder: Path, *, asynchronous: bool = False) -> Saving | None:
+        """Write weights, optimizer and random state, as they are now, as shards into an empty folder.
+
+        None when all is written. asynchronous: only begin, and say what to ask whether it is done.
+        """
         ...
 
     def load(self, folder: Path) -> None:

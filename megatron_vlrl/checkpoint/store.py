@@ -15,14 +15,19 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_vlrl.backends.protocol import Saving
 from megatron_vlrl.checkpoint.files import discard, flush, flush_folders, list_files, write_text
 from megatron_vlrl.checkpoint.manifest import FileRecord, Manifest, check_file, describe_file
 from megatron_vlrl.errors import CheckpointError, ConfigError
-from megatron_vlrl.parallel.collectives import gather_objects
+from megatron_vlrl.parallel.collectives import agree, gather_objects
 from megatron_vlrl.parallel.groups import Group
 
 LOG = logging.getLogger(__name__)
@@ -32,6 +37,25 @@ _BLOCK = 4096  # bytes; a file takes up to one block more than its length
 _UNFINISHED = re.compile(r"\.tmp-\d{8}-[0-9a-f]{8}")
 # What a full or failing disk looks like: Python's files, torch's zip writer (RuntimeError), a backend's own wording.
 _WRITE_ERRORS = (OSError, RuntimeError, CheckpointError)
+
+
+@dataclass(slots=True)
+class _Unfinished:
+    """A checkpoint on its way: saving is None when it is written, hashes None until then. began, blocked: seconds."""
+
+    step: int
+    layout: Mapping[str, Any]
+    token: str
+    part: Path
+    sequence: int = 0
+    saving: Saving | None = None
+    hashes: Future[dict[str, FileRecord]] | None = None
+    began: float = field(default_factory=time.perf_counter)
+    blocked: float = 0.0
+
+    def write(self, write: Callable[[Path], Saving | None]) -> None:
+        """Call it, and keep what it began."""
+        self.saving = write(self.part)
 
 
 class CheckpointStore:
@@ -44,29 +68,86 @@ class CheckpointStore:
         self.folder = Path(folder)
         self.keep = keep
         self.world = world
+        self._unfinished: _Unfinished | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._blocked = 0.0  # seconds
 
-    def save(self, step: int, write: Callable[[Path], None], *, layout: Mapping[str, Any]) -> Path:
+    def save(self, step: int, write: Callable[[Path], Saving | None], *, layout: Mapping[str, Any]) -> Path | None:
         """Call `write(folder)` on every rank, then make what it wrote the newest checkpoint; return its folder.
 
-        `write` may raise OSError, RuntimeError or CheckpointError on any rank, but must not leave the others waiting
-        inside it. Then every rank raises CheckpointError, and the folder is as it was before. layout: JSON-like,
-        how the run is spread; it goes into the manifest.
+        Where `write` returns a Saving, return None at once: a later `poll` makes it the newest. One that is still being
+        written is waited for first. `write` may raise OSError, RuntimeError or CheckpointError on any rank, but must
+        not leave the others waiting inside it. Then every rank raises CheckpointError, and the folder is as it was
+        before. layout: JSON-like, how the run is spread; it goes into the manifest.
         """
+        self.poll(wait=True)
         token = gather_objects(secrets.token_hex(4), self.world)[0]  # a late writer of a dead run never meets ours
-        part = self.folder / f".tmp-{step:08d}-{token}"
+        new = _Unfinished(step, layout, token, self.folder / f".tmp-{step:08d}-{token}")
+        with self._stopwatch(new), self._or_discard(new):
+            new.sequence = self._on_main(lambda: self._begin(new.part))
+            self._on_all(lambda: new.write(write))
+        self._unfinished = new
+        return self.poll(wait=new.saving is None)
+
+    def poll(self, *, wait: bool = False) -> Path | None:
+        """Bring a checkpoint that is being written one stage on: written, hashed, then the newest (returned).
+
+        Cheap where there is nothing to do; wait: until there is nothing more to do. Errors as `save`.
+        """
+        new = self._unfinished
+        if new is None:
+            return None
+        self._unfinished = None
+        with self._stopwatch(new):
+            with self._or_discard(new):
+                final = self._advance(new, wait=wait)
+            if final is not None:
+                self._on_main(lambda: self._tidy(final, new.token))
+        if final is None:
+            self._unfinished = new
+        elif self.world.rank == 0:
+            seconds = time.perf_counter() - new.began
+            LOG.info("%s took %.2f s to save, for %.2f s of which training stood still", final, seconds, new.blocked)
+        return final
+
+    def take_blocked_seconds(self) -> float:
+        """How long saving has kept the caller since this was last asked."""
+        seconds, self._blocked = self._blocked, 0.0
+        return seconds
+
+    @contextmanager
+    def _stopwatch(self, new: _Unfinished) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - start
+        new.blocked += seconds
+        self._blocked += seconds
+
+    @contextmanager
+    def _or_discard(self, new: _Unfinished) -> Iterator[None]:
         try:
-            sequence = self._on_main(lambda: self._begin(part))
-            self._on_all(lambda: write(part))
-            files = self._describe(part)
-            manifest = Manifest(step=step, sequence=sequence, layout=layout, files=files)
-            final: Path = self._on_main(lambda: self._commit(part, manifest, token))
+            yield
         except CheckpointError as error:
-            self._on_main(lambda: shutil.rmtree(part, ignore_errors=True))
+            self._on_main(lambda: shutil.rmtree(new.part, ignore_errors=True))
             raise CheckpointError(
-                f"the checkpoint of step {step} could not be written to {self.folder}: {error}; earlier checkpoints "
-                "are untouched. Free space on that disk, lower checkpoint.keep, or set run.folder to another one"
+                f"the checkpoint of step {new.step} could not be written to {self.folder}: {error}; earlier "
+                "checkpoints are untouched. Free space on that disk, lower checkpoint.keep, or set run.folder to "
+                "another one"
             ) from error
-        self._on_main(lambda: self._tidy(final, token))
+
+    def _advance(self, new: _Unfinished, *, wait: bool) -> Path | None:
+        """The new checkpoint's folder if this made it the newest."""
+        if new.saving is not None:
+            if not all(self._on_all(lambda: new.saving is None or new.saving.finished(wait=wait))):
+                return None
+            new.saving = None
+        if new.hashes is None:
+            new.hashes = self._start_hashing(new.part)
+        if not wait and not agree(new.hashes.done(), self.world):
+            return None
+        files = {name: record for records in self._on_all(new.hashes.result) for name, record in records.items()}
+        manifest = Manifest(step=new.step, sequence=new.sequence, layout=new.layout, files=files)
+        final: Path = self._on_main(lambda: self._commit(new.part, manifest, new.token))
         return final
 
     def find(self, spec: str | Path) -> Path | None:
@@ -137,8 +218,8 @@ class CheckpointStore:
             )
         return last.sequence + 1
 
-    def _describe(self, part: Path) -> dict[str, FileRecord]:
-        """Flush and hash what all ranks wrote, each rank a share."""
+    def _start_hashing(self, part: Path) -> Future[dict[str, FileRecord]]:
+        """Flush and hash what all ranks wrote, each rank a share, in a thread of its own."""
         sizes: dict[str, int] = self._on_main(lambda: {name: (part / name).stat().st_size for name in list_files(part)})
 
         def share() -> dict[str, FileRecord]:
@@ -146,7 +227,7 @@ class CheckpointStore:
                 flush(part / name)
             return {name: describe_file(part, name) for name in self._mine(sizes)}
 
-        return {name: record for records in self._on_all(share) for name, record in records.items()}
+        return self._thread.submit(share)
 
     def _commit(self, part: Path, manifest: Manifest, token: str) -> Path:
         """From here a crash leaves either the old newest checkpoint or the new one."""

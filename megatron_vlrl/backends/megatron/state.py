@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.managers import SyncManager
@@ -15,11 +17,13 @@ import numpy as np
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_vlrl.backends.megatron import cpu
 from megatron_vlrl.backends.megatron.model import Qwen3VLStage
 from megatron_vlrl.backends.megatron.optimizer import parts_of
 from megatron_vlrl.backends.megatron.shards import WEIGHTS_ONLY
@@ -35,15 +39,54 @@ _FORMAT = {
 }
 
 
-def save(folder: Path, chunks: Sequence[Qwen3VLStage], optimizer: MegatronOptimizer, groups: ProcessGroups) -> None:
-    """Write this rank's shards into `folder`; collective."""
+def save(
+    folder: Path,
+    chunks: Sequence[Qwen3VLStage],
+    optimizer: MegatronOptimizer,
+    groups: ProcessGroups,
+    *,
+    asynchronous: bool,
+) -> ShardWriters | None:
+    """Write this rank's shards into `folder`, or start processes that do and return them; collective."""
     _prepare_writer()
     state = _shards(chunks, optimizer, loading=False)
     state["random"] = _random_shard(_random_state(), groups)
     state["layout"] = _layout(groups)
+    state["distributed"] = _is_distributed(optimizer)
+    with _told_to_all():
+        request = dist_checkpointing.save(state, str(folder), async_sharded_save=asynchronous)
+        return ShardWriters(request) if asynchronous else None
+
+
+class ShardWriters:
+    """Processes that write the shards as they were when they started; see `backends.protocol.Saving`."""
+
+    def __init__(self, request: AsyncRequest) -> None:
+        if request.async_fn is not None:  # None: nothing to write on this rank
+            request = request._replace(async_fn=partial(_end_with_rank, request.async_fn))
+        self._calls = AsyncCallsQueue()
+        self._calls.schedule_async_request(request)
+
+    def finished(self, *, wait: bool) -> bool:
+        """Whether every rank's shards are written, and with them the list of all; collective."""
+        with _told_to_all(), cpu.on_device():
+            self._calls.maybe_finalize_async_calls(blocking=wait)
+        return self._calls.get_num_unfinalized_calls() == 0
+
+
+def _end_with_rank(write: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Runs in the writer: it, and the processes that it starts in turn, end when the rank does."""
+    die_with_parent()
+    os.register_at_fork(after_in_child=die_with_parent)
+    write(*args, **kwargs)
+
+
+@contextmanager
+def _told_to_all() -> Iterator[None]:
+    """megatron-core raises a BaseException on every rank; what failed is known on rank 0 alone."""
     try:
-        dist_checkpointing.save(state, str(folder))
-    except CheckpointException as error:  # a BaseException; what failed is known on rank 0 alone
+        yield
+    except CheckpointException as error:
         reasons = {str(failure[0]) for failure in error.failures.values()}
         raise CheckpointError("; ".join(sorted(reasons)) or "another rank could not write its shards") from error
 
@@ -58,6 +101,11 @@ def load(folder: Path, chunks: Sequence[Qwen3VLStage], optimizer: MegatronOptimi
         _load_weights(folder, chunks)
         optimizer.reload_model_params()
         return
+    if common["distributed"] != _is_distributed(optimizer):
+        raise CheckpointError(
+            f"{folder} was saved with optimizer.distributed={common['distributed']}, and moments of one kind of "
+            "optimizer cannot be read by the other; set it so, or start from the exported weights"
+        )
     same_layout = common["layout"] == _layout(groups)
     state = _shards(chunks, optimizer, loading=True)
     if same_layout:
@@ -72,10 +120,16 @@ def load(folder: Path, chunks: Sequence[Qwen3VLStage], optimizer: MegatronOptimi
 
 
 def _load_weights(folder: Path, chunks: Sequence[Qwen3VLStage]) -> None:
-    for chunk in chunks:
-        # What a layer keeps besides its weights (FP8 scales) is nobody's to convert, and empty without them.
-        wanted = {key: part for key, part in chunk.sharded_state_dict().items() if not key.endswith("_extra_state")}
-        chunk.load_state_dict(dist_checkpointing.load({"model": wanted}, str(folder))["model"])
+    # What a layer keeps besides its weights (FP8 scales) is nobody's to convert, and empty without them.
+    wanted = {
+        f"model{number}": {
+            key: part for key, part in chunk.sharded_state_dict().items() if not key.endswith("_extra_state")
+        }
+        for number, chunk in enumerate(chunks)
+    }
+    loaded = dist_checkpointing.load(wanted, str(folder))
+    for number, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded[f"model{number}"])
 
 
 def _shards(chunks: Sequence[Qwen3VLStage], optimizer: MegatronOptimizer, *, loading: bool) -> dict[str, Any]:
@@ -102,6 +156,10 @@ def _padded_state(part: DistributedOptimizer, **options: Any) -> dict[Any, Any] 
                     padded[bucket.offset : bucket.offset + len(values)] = values
                 joined[name] = padded
     return state
+
+
+def _is_distributed(optimizer: MegatronOptimizer) -> bool:
+    return any(isinstance(part, DistributedOptimizer) for part in parts_of(optimizer))
 
 
 def _layout(groups: ProcessGroups) -> list[int]:
