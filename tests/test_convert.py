@@ -23,6 +23,7 @@ from tests.reference import backend_options, local_state, renderer_and_sampling
 from tests.spawn import run_ranks
 from tests.tiny import make_tiny
 
+DENSE = ["tied", "untied", "tied bf16", "untied bf16"]
 LAYOUTS = {"tp1": (1, 1), "tp2": (2, 1), "tp2 pp2": (2, 2), "pp2": (1, 2), "tp4 pp1": (4, 1), "tp4 pp2": (4, 2)}
 
 
@@ -54,7 +55,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
         "tied": widened(make_tiny(root / "two", tied=True), root / "tied"),
         "untied": widened(make_tiny(root / "free", tied=False), root / "untied"),
     }
-    return made | {f"{name} bf16": in_bf16(folder, root / f"{name}-bf16") for name, folder in made.items()}
+    made |= {f"{name} bf16": in_bf16(folder, root / f"{name}-bf16") for name, folder in made.items()}
+    made["experts"] = make_tiny(root / "experts", moe=True, tied=False)
+    made["experts alike"] = make_tiny(root / "alike", moe=True, layers=1)
+    return made
+
+
+EXPERTS_CUT = ParallelDims(tensor=2, pipeline=2, data=2, expert=2, sequence=True)
 
 
 def weight_bytes(folder: Path) -> bytes:
@@ -62,7 +69,7 @@ def weight_bytes(folder: Path) -> bytes:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("model", ["tied", "untied", "tied bf16", "untied bf16"])
+@pytest.mark.parametrize("model", DENSE)
 def test_a_round_trip_changes_no_bit(model, layout, models, tmp_path):
     tensor, pipeline = LAYOUTS[layout]
     convert_from_hf(models[model], tmp_path / "checkpoint", ParallelDims(tensor=tensor, pipeline=pipeline))
@@ -72,6 +79,20 @@ def test_a_round_trip_changes_no_bit(model, layout, models, tmp_path):
     kept = {path.name for path in (tmp_path / "hf").iterdir()}
     assert kept == {path.name for path in models[model].iterdir()}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "hf"]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts_come_back_as_they_lay_in_the_folder(transposed, models, tmp_path):
+    def turn(weights: dict[str, Tensor]) -> None:
+        for name, weight in weights.items():
+            if ".experts." in name and transposed:
+                weights[name] = weight.transpose(1, 2).contiguous()
+
+    folder = broken(models["experts"], tmp_path / "model", turn)
+    convert_from_hf(folder, tmp_path / "checkpoint", EXPERTS_CUT)
+    assert len(list((tmp_path / "checkpoint").glob("*.distcp"))) == 8
+    convert_to_hf(tmp_path / "checkpoint", tmp_path / "hf")
+    assert weight_bytes(tmp_path / "hf") == weight_bytes(folder)
 
 
 def backend_of(folder: Path, parallel: Mapping[str, int]) -> MegatronBackend:
@@ -97,9 +118,16 @@ def layout_on_disk(folder: Path) -> dict[str, tuple[object, ...]]:
     return found
 
 
-@pytest.mark.parametrize("model", ["tied", "untied"])
-def test_the_blocks_are_those_that_the_ranks_save_themselves(model, models, tmp_path):
-    parallel = {"tensor": 2, "pipeline": 2}
+@pytest.mark.parametrize(
+    ("model", "parallel"),
+    [
+        ("tied", {"tensor": 2, "pipeline": 2}),
+        ("untied", {"tensor": 2, "pipeline": 2}),
+        ("experts", {"tensor": 2, "data": 2, "expert": 2, "sequence": True}),
+        ("experts alike", {"tensor": 2, "data": 2, "expert": 2, "sequence": True}),
+    ],
+)
+def test_the_blocks_are_those_that_the_ranks_save_themselves(model, parallel, models, tmp_path):
     (tmp_path / "theirs").mkdir()
     run_ranks(save, 4, models[model], tmp_path / "theirs", parallel)
     convert_from_hf(models[model], tmp_path / "ours", ParallelDims(**parallel))
@@ -119,11 +147,23 @@ def start_from(folder: Path, checkpoint: Path, parallel: Mapping[str, int]) -> t
     return expected, loaded
 
 
-@pytest.mark.parametrize("parallel", [{}, {"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "pipeline": 2}], ids=str)
-@pytest.mark.parametrize("model", ["tied", "untied"])
+@pytest.mark.parametrize(
+    ("model", "parallel"),
+    [
+        *((model, {"tensor": 2, "pipeline": 2}) for model in ("tied", "untied", "untied bf16")),
+        ("tied", {}),
+        ("tied", {"pipeline": 2}),
+        ("untied", {"tensor": 2}),
+        ("untied", {"pipeline": 2, "virtual_pipeline": 2}),
+        ("experts", {"data": 2, "expert": 2}),
+        ("experts", {"tensor": 2, "sequence": True, "pipeline": 2}),
+    ],
+    ids=str,
+)
 def test_ranks_of_any_layout_load_it(model, parallel, models, tmp_path):
-    convert_from_hf(models[model], tmp_path / "checkpoint", ParallelDims(tensor=2, pipeline=2))
-    size = parallel.get("tensor", 1) * parallel.get("pipeline", 1)
+    cut = EXPERTS_CUT if model == "experts" else ParallelDims(tensor=2, pipeline=2)
+    convert_from_hf(models[model], tmp_path / "checkpoint", cut)
+    size = parallel.get("tensor", 1) * parallel.get("pipeline", 1) * parallel.get("data", 1)
     for expected, loaded in run_ranks(start_from, size, models[model], tmp_path / "checkpoint", parallel):
         assert expected.keys() == loaded.keys()
         for name, value in expected.items():
@@ -150,7 +190,7 @@ def broken(folder: Path, target: Path, change) -> Path:
     shutil.copytree(folder, target)
     weights = load_file(target / "model.safetensors")
     change(weights)
-    save_file(weights, target / "model.safetensors")
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
     return target
 
 

@@ -1,7 +1,7 @@
 """Hugging Face folders to checkpoints and back: in one process, one tensor in memory at a time, all or nothing.
 
-A converted checkpoint holds weights only, as step 0 of a run, and beside them (`hf/`) the config, tokenizer, processor
-and generation settings that the way back needs.
+A converted checkpoint holds weights only, as step 0 of a run, and beside them what the way back needs: in `hf/` the
+config, tokenizer, processor and generation settings, in `weights.json` the shape and dtype that every tensor had.
 """
 
 from __future__ import annotations
@@ -10,25 +10,28 @@ import json
 import secrets
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
 from megatron_vlrl.backends.layout import check_layout
-from megatron_vlrl.backends.megatron.shards import stored_weights, write_shards
+from megatron_vlrl.backends.megatron.shards import write_shards
+from megatron_vlrl.backends.megatron.stored import StoredWeights
 from megatron_vlrl.backends.megatron.weights import check_complete
 from megatron_vlrl.checkpoint.export import copy_settings, export_hf
 from megatron_vlrl.checkpoint.files import flush, flush_folders, list_files
 from megatron_vlrl.checkpoint.manifest import Manifest, check_file, describe_file
 from megatron_vlrl.checkpoint.state import STATE_FILE, RunState, summary
 from megatron_vlrl.errors import CheckpointError, ModelError
-from megatron_vlrl.models.hf_files import HFWeights
+from megatron_vlrl.models.hf_files import HFWeights, TensorInfo
 from megatron_vlrl.models.qwen3_vl.config import Qwen3VLSpec
-from megatron_vlrl.models.qwen3_vl.names import hf_shapes
+from megatron_vlrl.models.qwen3_vl.names import as_stored, hf_shapes
 from megatron_vlrl.parallel.dims import ParallelDims
 
-SETTINGS_FOLDER = "hf"
+SETTINGS_FOLDER, INFOS_FILE = "hf", "weights.json"
 _LISTED = 5  # tensors named in an error
 
 
@@ -43,14 +46,16 @@ def convert_from_hf(source: Path, out: Path, dims: ParallelDims) -> None:
         raise CheckpointError(f"{out} exists and is not an empty folder; choose another or empty it")
     spec = Qwen3VLSpec.load(source)
     weights = HFWeights(source)
-    check_complete(weights, hf_shapes(spec))
-    _check_dtype(weights)
+    infos = weights.infos()
+    check_complete(weights, as_stored(hf_shapes(spec), _shapes(infos)))
+    _check_dtype(source, infos)
     check_layout(spec, dims)
     part = out.with_name(f".{out.name}.part-{secrets.token_hex(4)}")
     try:
         (part / SETTINGS_FOLDER).mkdir(parents=True)
         copy_settings(source, part / SETTINGS_FOLDER)
         write_shards(part, weights, spec, dims)
+        (part / INFOS_FILE).write_text(_infos_text(infos), encoding="utf-8")
         start = RunState(step=0, updates=0, cursor={}, algorithm={}, model=summary(spec), config={})
         (part / STATE_FILE).write_text(json.dumps(start.to_dict()), encoding="utf-8")
         _finish(part, dims)
@@ -74,18 +79,35 @@ def convert_to_hf(checkpoint: Path, out: Path, source: Path | None = None) -> No
     if problems:
         raise CheckpointError(f"{checkpoint} is damaged: {'; '.join(problems)}; nothing was written")
     settings = checkpoint / SETTINGS_FOLDER if source is None else source
-    stored = stored_weights(checkpoint, Qwen3VLSpec.load(settings))
-    export_hf(out, settings, stored.items(), expected=stored.infos() if source is None else None)
+    infos = _read_infos(checkpoint / INFOS_FILE) if source is None else HFWeights(source).infos()
+    spec = Qwen3VLSpec.load(settings)
+    stored = StoredWeights.open(checkpoint, spec, as_stored(hf_shapes(spec), _shapes(infos)))
+    export_hf(out, settings, stored.items(), expected=infos)
 
 
-def _check_dtype(weights: HFWeights) -> None:
-    kinds = Counter(info.dtype for info in weights.infos().values())
-    usual = kinds.most_common(1)[0][0]
-    others = [f"{name} {info.dtype}" for name, info in weights.infos().items() if info.dtype != usual]
+def _shapes(infos: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
+    return {name: info.shape for name, info in infos.items()}
+
+
+def _infos_text(infos: Mapping[str, TensorInfo]) -> str:
+    plain = {
+        name: {"dtype": str(info.dtype).removeprefix("torch."), "shape": info.shape} for name, info in infos.items()
+    }
+    return json.dumps(plain, indent=1) + "\n"
+
+
+def _read_infos(path: Path) -> dict[str, TensorInfo]:
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    return {name: TensorInfo(tuple(info["shape"]), getattr(torch, info["dtype"])) for name, info in raw.items()}
+
+
+def _check_dtype(source: Path, infos: Mapping[str, TensorInfo]) -> None:
+    usual = Counter(info.dtype for info in infos.values()).most_common(1)[0][0]
+    others = [f"{name} {info.dtype}" for name, info in infos.items() if info.dtype != usual]
     if others or not usual.is_floating_point:
         listed = ", ".join(others[:_LISTED]) + (", ..." if len(others) > _LISTED else "")
         raise ModelError(
-            f"{weights.folder} has weights of several dtypes or not of floating point ({usual}; {listed}); "
+            f"{source} has weights of several dtypes or not of floating point ({usual}; {listed}); "
             "save the model in one floating-point dtype first"
         )
 

@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     end.add_argument("--to", type=Path, metavar="FOLDER", help="the checkpoint to write; new or empty")
     end.add_argument("--to-hf", type=Path, metavar="FOLDER", help="the Hugging Face folder to write")
     parser.add_argument("--tensor", type=int, metavar="N", help="tensor ranks to cut --to for; default 1")
+    parser.add_argument("--expert", type=int, metavar="N", help="expert ranks to cut --to for; default 1")
     parser.add_argument("--pipeline", type=int, metavar="N", help="pipeline ranks to cut --to for; default 1")
 
 
@@ -29,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Convert; the exit code."""
     if (arguments.from_hf is None) == (arguments.to_hf is None):
         raise ConfigError("convert goes --from-hf FOLDER --to FOLDER, or --from CHECKPOINT --to-hf FOLDER")
-    degrees = {name: getattr(arguments, name) for name in ("tensor", "pipeline")}
+    degrees = {name: getattr(arguments, name) for name in ("tensor", "expert", "pipeline")}
     given = {name: degree for name, degree in degrees.items() if degree is not None}
     if arguments.from_hf is not None:
         _import(arguments.from_hf, arguments.to, **given)
@@ -40,11 +41,13 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _import(source: Path, out: Path, **degrees: int) -> None:
+def _import(source: Path, out: Path, *, tensor: int = 1, expert: int = 1, pipeline: int = 1) -> None:
     from megatron_vlrl.checkpoint.convert import convert_from_hf
     from megatron_vlrl.parallel.dims import ParallelDims
 
-    convert_from_hf(source, out, ParallelDims(**degrees))
+    # Experts are shared by data ranks; the token axis is not the weights' concern, but experts ask for its split.
+    dims = ParallelDims(tensor=tensor, pipeline=pipeline, data=expert, expert=expert, sequence=True)
+    convert_from_hf(source, out, dims)
 
 
 def _export(checkpoint: Path, out: Path) -> None:

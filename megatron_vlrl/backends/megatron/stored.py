@@ -1,0 +1,145 @@
+"""A checkpoint's weights by Hugging Face name, one parameter at a time, in one process, with no model built.
+
+In: the folder of a checkpoint that ranks saved, or `shards.write_shards`. Out: whole tensors, as stored.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+
+from megatron_vlrl.backends.megatron.shards import StoredParameter, stored_parameters
+from megatron_vlrl.errors import CheckpointError
+from megatron_vlrl.models.qwen3_vl.config import Qwen3VLSpec
+
+_MODEL = ("language_model.", "vision_model.")  # how the names of weights begin; the rest is the optimizer's
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredWeights:
+    """The weights of one checkpoint. shapes: of the Hugging Face tensors, by name."""
+
+    folder: Path
+    shapes: Mapping[str, Shape]
+    parameters: Sequence[StoredParameter]
+    tensors: Mapping[str, TensorStorageMetadata]
+    places: Mapping[MetadataIndex, _StorageInfo]
+
+    @classmethod
+    def open(cls, folder: Path, spec: Qwen3VLSpec, shapes: Mapping[str, Shape]) -> StoredWeights:
+        """Read what `folder` holds; CheckpointError lists what is missing, too much, or of another shape."""
+        try:
+            metadata = FileSystemReader(folder).read_metadata()
+        except (OSError, pickle.UnpicklingError, EOFError) as error:
+            raise CheckpointError(f"{folder} holds no weights that can be read ({error!r})") from error
+        tensors = {
+            key: entry
+            for key, entry in metadata.state_dict_metadata.items()
+            if key.startswith(_MODEL) and isinstance(entry, TensorStorageMetadata)
+        }
+        parameters = stored_parameters(spec)
+        sizes = {parameter.key: (*parameter.counts, *parameter.shape) for parameter in parameters}
+        missing, extra = sorted(set(sizes) - set(tensors)), sorted(set(tensors) - set(sizes))
+        wrong = [
+            f"{key} is {list(tensors[key].size)}, expected {list(sizes[key])}"
+            for key in sorted(set(sizes) & set(tensors))
+            if tuple(tensors[key].size) != sizes[key]
+        ]
+        if missing or extra or wrong:
+            raise CheckpointError(
+                f"the weights in {folder} are of another model: missing {missing}; extra {extra}; misshapen {wrong}"
+            )
+        return cls(folder, shapes, parameters, tensors, metadata.storage_data)
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, whole tensor); the experts of a layer are put together one by one."""
+        chunks = self._chunks()
+        for parameter in self.parameters:
+            rule = parameter.rule
+            whole = rule.layout.join([self._read(parameter, chunks)], rule.shapes(self.shapes))
+            if rule.expert is None:
+                yield from zip(rule.hf, whole, strict=True)
+                continue
+            (name,), (row,) = rule.hf, whole
+            if rule.expert == 0:
+                stack = row.new_empty(self.shapes[name])
+            stack[rule.expert] = row
+            if rule.expert == len(stack) - 1:
+                yield name, stack
+
+    def _chunks(self) -> dict[tuple[str, Shape], list[ChunkStorageMetadata]]:
+        """The blocks of each parameter, by key and index."""
+        found: dict[tuple[str, Shape], list[ChunkStorageMetadata]] = {}
+        leading = {parameter.key: len(parameter.index) for parameter in self.parameters}
+        for key, entry in self.tensors.items():
+            for chunk in entry.chunks:
+                found.setdefault((key, tuple(chunk.offsets[: leading[key]])), []).append(chunk)
+        return found
+
+    def _read(
+        self, parameter: StoredParameter, chunks: Mapping[tuple[str, Shape], Sequence[ChunkStorageMetadata]]
+    ) -> Tensor:
+        """The whole parameter, put together from its blocks."""
+        whole = torch.empty(parameter.shape, dtype=self.tensors[parameter.key].properties.dtype)
+        covered = 0
+        for chunk in chunks.get((parameter.key, parameter.index), ()):
+            begin = chunk.offsets[len(parameter.index) :]
+            block = self._block(self.places[MetadataIndex(parameter.key, chunk.offsets)])
+            block = block.view(chunk.sizes[len(parameter.index) :])
+            whole[tuple(slice(b, b + n) for b, n in zip(begin, block.shape, strict=True))] = block
+            covered += block.numel()
+        if covered != whole.numel():
+            raise CheckpointError(f"{self.folder} holds {covered} of {whole.numel()} numbers of {parameter.rule.local}")
+        return whole
+
+    def _block(self, place: _StorageInfo) -> Tensor:
+        with (self.folder / place.relative_path).open("rb") as file:
+            block: Tensor = torch.load(_Part(file, place), map_location="cpu", weights_only=True)
+        return block
+
+
+class _Part(io.RawIOBase):
+    """A part of a file as a file of its own."""
+
+    def __init__(self, file: BinaryIO, place: _StorageInfo) -> None:
+        self._file, self._start, self._length = file, place.offset, place.length
+        self._file.seek(self._start)
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seekable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """As a file's."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self._length}[whence]
+        return self._file.seek(self._start + base + offset) - self._start
+
+    def tell(self) -> int:
+        """As a file's."""
+        return self._file.tell() - self._start
+
+    def readinto(self, buffer: Any) -> int:
+        """As a file's, up to the part's end."""
+        view = memoryview(buffer).cast("B")
+        count: int = self._file.readinto(view[: max(0, self._length - self.tell())])  # type: ignore[attr-defined]
+        return count
