@@ -31,8 +31,8 @@ def prepare(jsonl: Path, images: Path, out: Path, samples_per_shard: int, check:
 
     Paths of images and frames are taken from the folder `images` and may not lead out of it; their bytes are stored
     untouched. They are recognised by their first bytes only: one that is damaged further on is found, skipped and
-    counted when it is decoded. check(task, answer) raises a VLRLError for a gold answer that its task could never reward.
-    Raises DataError with file and line number for the first line that cannot be taken.
+    counted when it is decoded. check(task, answer) raises a VLRLError for a gold answer that its task could never
+    reward. Raises DataError with file and line number for the first line that cannot be taken.
     """
     if samples_per_shard < 1:
         raise DataError(f"samples per shard must be 1 or more, not {samples_per_shard}")
