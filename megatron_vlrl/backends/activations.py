@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from megatron_vlrl.models.qwen3_vl.config import Qwen3VLSpec, TextSpec, VisionSpec
@@ -60,8 +61,14 @@ class Kept:
     entry: float
 
 
-def text_layer(text: TextSpec, row: Row, dims: ParallelDims, width: int) -> Kept:
-    """A decoder layer's, at `width` bytes a number."""
+def stage_of(layer: int, layers: int, dims: ParallelDims) -> int:
+    """The pipeline rank that holds a decoder layer (from 0)."""
+    return layer // (layers // (dims.pipeline * dims.virtual)) % dims.pipeline
+
+
+@lru_cache(maxsize=1024)
+def text_layer(text: TextSpec, row: Row, dims: ParallelDims, width: int, *, mixture: bool) -> Kept:
+    """A decoder layer's, at `width` bytes a number. mixture: its tokens go to experts."""
     tokens, hidden = row.tokens, text.hidden_size
     queries, keys = text.heads * text.head_dim, text.kv_heads * text.head_dim
     entry = tokens * hidden * width / _sequence(dims)
@@ -71,9 +78,22 @@ def text_layer(text: TextSpec, row: Row, dims: ParallelDims, width: int) -> Kept
     norms = tokens * _FLOAT * (2 / _sequence(dims) + (text.heads + text.kv_heads) / dims.tensor)
     core = _core(text, row, dims, width)
     attention = (projections + tokens * queries) / dims.tensor * width + rotary * width + core
-    feed_forward = 5 * tokens * text.ffn_size / dims.tensor * width  # gate and up, silu, up, product
+    feed_forward = (_experts if mixture else _mlp)(text, row, dims, width)
     whole = streams + norms + attention + feed_forward
     return Kept(whole=whole, core=core, feed_forward=feed_forward, entry=entry)
+
+
+def _mlp(text: TextSpec, row: Row, dims: ParallelDims, width: int) -> float:
+    return 5 * row.tokens * text.ffn_size / dims.tensor * width  # gate and up in one, silu, up, product
+
+
+def _experts(text: TextSpec, row: Row, dims: ParallelDims, width: int) -> float:
+    """Of a mixture: a copy of each token for each of its experts. As many come to a rank as leave it, where the router
+    is balanced; where it is not, the busiest rank keeps up to `expert` times as much."""
+    copies = row.tokens * text.experts_per_token
+    inside = 6 * text.expert_ffn_size / dims.tensor  # gate and up, silu, up, product, product by the router's weight
+    routing = row.tokens / _sequence(dims) * (text.experts * width + text.experts_per_token * (2 * 8 + width))
+    return copies * (text.hidden_size + inside) * width + routing
 
 
 def _core(text: TextSpec, row: Row, dims: ParallelDims, width: int) -> float:
@@ -88,24 +108,26 @@ def _core(text: TextSpec, row: Row, dims: ParallelDims, width: int) -> float:
 
 
 def text_layers(
-    spec: Qwen3VLSpec, row: Row, dims: ParallelDims, width: int, recompute: Recompute
+    spec: Qwen3VLSpec, row: Row, dims: ParallelDims, width: int, recompute: Recompute, stage: int
 ) -> tuple[float, float]:
     """(bytes that a row keeps in a stage's decoder layers, what exists besides while a layer is computed again)."""
     text = spec.text
-    layer, count = text_layer(text, row, dims, width), text.layers // dims.pipeline
+    numbers = [n for n in range(text.layers) if stage_of(n, text.layers, dims) == stage]
+    layers = [text_layer(text, row, dims, width, mixture=text.is_mixture(n)) for n in numbers]
     if recompute == "full":
-        features = len(spec.vision.deepstack_layers) * layer.entry if row.image else 0.0
-        return features + count * layer.entry, layer.whole - layer.entry
+        features = max(0, len(spec.vision.deepstack_layers) - numbers[0]) if row.image else 0
+        return features * layers[0].entry + sum(layer.entry for layer in layers), max(
+            layer.whole - layer.entry for layer in layers
+        )
     if recompute == "selective":
         queries, keys = text.heads * text.head_dim, text.kv_heads * text.head_dim
         inputs = row.tokens * (queries + keys) / dims.tensor * width  # values are part of the projection
-        return count * (layer.whole - layer.core + inputs), max(0.0, layer.core - layer.feed_forward)
-    return count * layer.whole, 0.0
+        again = max(layer.core - layer.feed_forward for layer in layers)
+        return sum(layer.whole - layer.core + inputs for layer in layers), max(0.0, again)
+    return sum(layer.whole for layer in layers), 0.0
 
 
-def vision_tower(
-    spec: VisionSpec, row: Row, dims: ParallelDims, width: int, *, recompute: bool
-) -> tuple[float, float]:
+def vision_tower(spec: VisionSpec, row: Row, dims: ParallelDims, width: int, *, recompute: bool) -> tuple[float, float]:
     """The same two numbers for the vision tower. `recompute`: whole layers are computed again."""
     patches = row.prompts * row.image * spec.merge_size**2
     layer, entry = _vision_layer(spec, patches, dims, width), patches * spec.hidden_size * width
@@ -141,7 +163,7 @@ def stage_activations(
     gone when a decoder layer is computed again, and those are gone when it is a vision layer's turn.
     """
     in_flight = dims.pipeline - stage
-    kept, again = text_layers(spec, row, dims, width, recompute)
+    kept, again = text_layers(spec, row, dims, width, recompute, stage)
     head = 0.0
     if stage == dims.pipeline - 1:
         norm = 2 * row.tokens * spec.text.hidden_size * width / _sequence(dims)

@@ -28,14 +28,16 @@ DEVICES = {
 }
 
 
-def parse_devices(text: str) -> tuple[str, int, Device]:
-    """`8xh100-80g` or `2xtrn1.32xlarge` -> (kind, number of devices, device). A number before a trn1 counts machines,
-    and none means one. Raises ConfigError, with the nearest name, where the kind is unknown."""
+def parse_devices(text: str) -> tuple[int, Device]:
+    """`8xh100-80g` or `trn1.32xlarge` -> (number of devices, device). With trn1 the number before it counts machines.
+
+    None means one. Raises ConfigError, with the nearest name, where the kind is unknown.
+    """
     parts = re.fullmatch(r"(?:(\d+)x)?(.+)", text)
-    if not parts or parts[1] == "0":
+    if not parts or (parts[1] and int(parts[1]) == 0):
         raise ConfigError(f"--devices: {text!r} is not COUNTxKIND such as 8xh100-80g; kinds: {', '.join(DEVICES)}")
     count, kind = int(parts[1] or 1), parts[2]
     if kind not in DEVICES:
         raise unknown_name(kind, DEVICES, "--devices")
     device = DEVICES[kind]
-    return kind, count * (device.machine if kind.startswith("trn1") else 1), device
+    return count * (device.machine if kind.startswith("trn1") else 1), device

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
-from megatron_vlrl.backends.activations import Recompute, Row, head_workspace, stage_activations
+from megatron_vlrl.backends.activations import Recompute, Row, head_workspace, stage_activations, stage_of
 from megatron_vlrl.models.qwen3_vl.config import Qwen3VLSpec
 from megatron_vlrl.models.qwen3_vl.names import TEXT, VISION, hf_shapes
 from megatron_vlrl.models.qwen3_vl.sizes import parameter_counts
@@ -82,8 +82,7 @@ def _stages(name: str, spec: Qwen3VLSpec, dims: ParallelDims) -> set[int]:
     last = dims.pipeline - 1
     layer = re.match(rf"{re.escape(TEXT)}layers\.(\d+)\.", name)
     if layer:
-        chunk = int(layer[1]) // (spec.text.layers // (dims.pipeline * dims.virtual))
-        return {chunk % dims.pipeline}
+        return {stage_of(int(layer[1]), spec.text.layers, dims)}
     if name.startswith(f"{TEXT}embed_tokens."):
         return {0, last} if spec.tied_embeddings else {0}
     return {0} if name.startswith(VISION) else {last}

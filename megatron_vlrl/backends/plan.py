@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from megatron_vlrl.backends.activations import Recompute, Row
 from megatron_vlrl.backends.devices import Device
@@ -47,9 +48,7 @@ class Work:
 
     def row(self, data: int) -> Row:
         """A microbatch of one of `data` replicas."""
-        row = Row.fill(
-            self.budget, prompt=self.prompt, image=self.image, responses=self.group, response=self.response
-        )
+        row = Row.fill(self.budget, prompt=self.prompt, image=self.image, responses=self.group, response=self.response)
         return replace(row, prompts=min(row.prompts, math.ceil(self.prompts / data)))
 
 
@@ -66,18 +65,21 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """Layouts that fit, best first; what does not, each with its reason. limit: bytes of a device that may be used."""
+    """layouts: what fits, best first. too_large: what does not fit even with the recompute that needs least, the
+    nearest first. impossible: degrees that the model or the machines do not allow, and why. limit: bytes of a device
+    that may be used."""
 
     layouts: tuple[Layout, ...]
-    refusals: tuple[str, ...]
+    too_large: tuple[Layout, ...]
+    impossible: tuple[str, ...]
     limit: float
 
 
 def make_plan(spec: Qwen3VLSpec, devices: int, device: Device, work: Work, training: Training) -> Plan:
-    """Every layout of `devices` devices; of its ways to recompute, the cheapest that fits. `training` gives the rest."""
+    """Every layout of `devices` devices, each with the cheapest recompute that fits; `training` gives the rest."""
     limit = device.memory * GIB * USABLE
-    layouts, refusals = [], []
-    degrees, problems = _possible(spec, devices, device)
+    layouts, too_large = [], []
+    degrees, impossible = _possible(spec, devices, device)
     for dims in degrees:
         tries = [
             _layout(spec, dims, work, replace(training, recompute=text, recompute_vision=vision))
@@ -87,9 +89,13 @@ def make_plan(spec: Qwen3VLSpec, devices: int, device: Device, work: Work, train
         if fitting:
             layouts.append(min(fitting, key=lambda layout: layout.cost))
         else:
-            refusals.append(_too_large(min(tries, key=lambda layout: layout.memory.total), limit))
-    layouts.sort(key=lambda layout: (layout.cost, layout.memory.total))
-    return Plan(layouts=tuple(layouts), refusals=(*problems, *refusals), limit=limit)
+            too_large.append(min(tries, key=lambda layout: layout.memory.total))
+    return Plan(
+        layouts=tuple(sorted(layouts, key=lambda layout: (layout.cost, layout.memory.total))),
+        too_large=tuple(sorted(too_large, key=lambda layout: layout.memory.total)),
+        impossible=tuple(impossible),
+        limit=limit,
+    )
 
 
 def _possible(spec: Qwen3VLSpec, devices: int, device: Device) -> tuple[list[ParallelDims], list[str]]:
@@ -106,8 +112,8 @@ def _possible(spec: Qwen3VLSpec, devices: int, device: Device) -> tuple[list[Par
                 continue
             if name == "tensor" and degree > device.machine:
                 problems.append(
-                    f"parallel.tensor={degree} reaches over machines of {device.machine} devices; every layer waits "
-                    "for the links between them"
+                    f"parallel.tensor={degree} reaches over machines of {device.machine} devices, and every layer "
+                    "would wait for the links between them; use pipeline or data instead"
                 )
                 continue
             yield degree
@@ -115,9 +121,7 @@ def _possible(spec: Qwen3VLSpec, devices: int, device: Device) -> tuple[list[Par
     tensors, pipelines = list(allowed("tensor")), list(allowed("pipeline"))
     experts = list(allowed("expert")) if spec.text.experts else [1]
     degrees = [
-        ParallelDims(
-            tensor=tensor, pipeline=pipeline, data=data, expert=expert, sequence=tensor > 1
-        )
+        ParallelDims(tensor=tensor, pipeline=pipeline, data=data, expert=expert, sequence=tensor > 1)
         for tensor in tensors
         for pipeline in pipelines
         if devices % (tensor * pipeline) == 0
@@ -157,24 +161,20 @@ def _costs(spec: Qwen3VLSpec, dims: ParallelDims, work: Work, row: Row, training
 
 def _again(spec: Qwen3VLSpec, row: Row, training: Training) -> float:
     """Share of the forward pass that is computed again."""
-    counts = parameter_counts(spec)
     text = spec.text
-    idle = 0
-    if text.experts:  # a token goes through some of them
-        mixtures = sum(text.is_mixture(layer) for layer in range(text.layers))
-        idle = mixtures * (text.experts - text.experts_per_token) * 3 * text.hidden_size * text.expert_ffn_size
-    layers = 2 * row.tokens * (counts["layers"] - idle)
+    active, tower = _active_parameters(spec)
+    layers = 2 * row.tokens * active
     core = 4 * row.tokens * text.layers * text.heads * text.head_dim * (row.prompt + row.response) / 2
-    vision = 2 * row.prompts * row.image * spec.vision.merge_size**2 * counts["vision"]
+    vision = 2 * row.prompts * row.image * spec.vision.merge_size**2 * tower
     head = 2 * row.logit_rows * text.vocab_size * text.hidden_size
     again = {"none": 0.0, "selective": core, "full": layers + core}[training.recompute]
     return (again + (vision if training.recompute_vision else 0)) / (layers + core + vision + head)
 
 
-def _too_large(layout: Layout, limit: float) -> str:
-    parts = sorted(layout.memory.parts().items(), key=lambda part: -part[1])
-    largest = ", ".join(f"{name} {number / GIB:.1f}" for name, number in parts[:3])
-    return (
-        f"{layout.dims.product}{f', expert {layout.dims.expert}' if layout.dims.expert > 1 else ''}: needs "
-        f"{layout.memory.total / GIB:.1f} GiB of {limit / GIB:.1f} even with recompute ({largest})"
-    )
+@lru_cache
+def _active_parameters(spec: Qwen3VLSpec) -> tuple[int, int]:
+    """(numbers of the decoder layers that one token meets, numbers of the vision tower's layers)."""
+    counts, text = parameter_counts(spec), spec.text
+    mixtures = sum(text.is_mixture(layer) for layer in range(text.layers))
+    unmet = mixtures * (text.experts - text.experts_per_token) * 3 * text.hidden_size * text.expert_ffn_size
+    return counts["layers"] - unmet, counts["vision"]

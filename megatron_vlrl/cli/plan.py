@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "microbatch-tokens": (8192, "packed tokens of one forward pass; one group is never split"),
     }
     for name, (default, text) in numbers.items():
-        parser.add_argument(f"--{name}", type=_positive, default=default, metavar="N", help=f"{text}; default {default}")
+        parser.add_argument(
+            f"--{name}", type=_positive, default=default, metavar="N", help=f"{text}; default {default}"
+        )
     parser.add_argument("--image-tokens", type=int, metavar="N", help="of a prompt; default: all of it")
     parser.add_argument("--dtype", choices=_WIDTHS, default="bfloat16", help="of the weights; default bfloat16")
     parser.add_argument("--plain-optimizer", action="store_true", help="optimizer.distributed=false")
@@ -45,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_vlrl.errors import ConfigError
 
     spec = _model(arguments.model)
-    kind, count, device = parse_devices(arguments.devices)
+    count, device = parse_devices(arguments.devices)
     image = arguments.prompt_tokens if arguments.image_tokens is None else arguments.image_tokens
     if not 0 <= image <= arguments.prompt_tokens:
         raise ConfigError(f"--image-tokens is {image}; use 0 to --prompt-tokens, which is {arguments.prompt_tokens}")
@@ -62,9 +65,10 @@ def run(arguments: argparse.Namespace) -> int:
     )
     plan = make_plan(spec, count, device, work, training)
     if arguments.json:
-        print(json.dumps(as_json(plan, spec, arguments.model, f"{count}x{kind}"), indent=2))
+        print(json.dumps(as_json(plan, spec, arguments.model, arguments.devices, count), indent=2))
     else:
-        print(as_text(plan, spec, arguments, f"{count} x {kind} ({device.memory:.1f} GiB each)"))
+        devices = f"{arguments.devices}: {count} devices of {device.memory:.1f} GiB"
+        print(as_text(plan, spec, f"{arguments.model} in {arguments.dtype} on {devices}"))
     return 0 if plan.layouts else 1
 
 
@@ -102,7 +106,7 @@ def _settings(layout: Layout) -> dict[str, Any]:
     }
 
 
-def as_json(plan: Plan, spec: Qwen3VLSpec, model: str, devices: str) -> dict[str, Any]:
+def as_json(plan: Plan, spec: Qwen3VLSpec, model: str, devices: str, count: int) -> dict[str, Any]:
     """Everything of the plan; memory in bytes."""
     from megatron_vlrl.models.qwen3_vl.sizes import parameter_counts
 
@@ -110,59 +114,70 @@ def as_json(plan: Plan, spec: Qwen3VLSpec, model: str, devices: str) -> dict[str
         "model": model,
         "parameters": parameter_counts(spec),
         "devices": devices,
+        "device_count": count,
         "limit_bytes": round(plan.limit),
-        "layouts": [
-            {
-                "settings": _settings(layout),
-                "bytes": {name: round(number) for name, number in layout.memory.parts().items()},
-                "total_bytes": round(layout.memory.total),
-                "cost": round(layout.cost, 3),
-                "reasons": list(layout.reasons),
-            }
-            for layout in plan.layouts
-        ],
-        "refusals": list(plan.refusals),
+        "layouts": [_layout_json(layout) for layout in plan.layouts],
+        "too_large": [_layout_json(layout) for layout in plan.too_large],
+        "impossible": list(plan.impossible),
     }
 
 
-def as_text(plan: Plan, spec: Qwen3VLSpec, arguments: argparse.Namespace, devices: str) -> str:
-    """An aligned table, GiB on the fullest rank, and the refusals under it."""
+def _layout_json(layout: Layout) -> dict[str, Any]:
+    return {
+        "settings": _settings(layout),
+        "bytes": {name: round(number) for name, number in layout.memory.parts().items()},
+        "total_bytes": round(layout.memory.total),
+        "cost": round(layout.cost, 3),
+        "reasons": list(layout.reasons),
+    }
+
+
+def as_text(plan: Plan, spec: Qwen3VLSpec, title: str) -> str:
+    """An aligned table of what fits, one of the nearest that do not, and the degrees that are not possible."""
     from megatron_vlrl.backends.plan import GIB, USABLE
     from megatron_vlrl.models.qwen3_vl.sizes import parameter_counts
 
     numbers = sum(parameter_counts(spec).values())
-    engine = "its rollout engine beside it" if arguments.colocated else "no rollout engine on the same devices"
+    limit = f"{plan.limit / GIB:.1f}"
     lines = [
-        f"{arguments.model}: {numbers / 1e9:.2f} billion parameters, {arguments.dtype}, on {devices}, {engine}",
-        f"GiB on the fullest rank; up to {plan.limit / GIB:.1f} are used ({USABLE:.0%})",
+        f"{title}; {numbers / 1e9:.2f} billion parameters",
+        f"GiB on the fullest rank; {limit} of a device may be used ({USABLE:.0%})",
     ]
-    table = [_HEAD, *([str(n), *_cells(layout)] for n, layout in enumerate(plan.layouts, 1))]
-    widths = [max(len(row[column]) for row in table) for column in range(len(_HEAD) - 1)]
-    for row in table if plan.layouts else []:
-        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=False)]
-        lines.append("  ".join([*cells, row[-1]]).rstrip())
-    if not plan.layouts:
-        lines.append("no layout fits")
-    lines += ["not possible:", *(f"  {refusal}" for refusal in plan.refusals)] if plan.refusals else []
+    lines += ["", "fits, best first:", *_table(plan.layouts)] if plan.layouts else ["", "no layout fits"]
+    if plan.too_large:
+        more = len(plan.too_large) - _NEAREST
+        count = f"; {more} others need more than these" if more > 0 else ""
+        lines += ["", f"needs more than {limit} whatever is recomputed{count}:", *_table(plan.too_large[:_NEAREST])]
+    if plan.impossible:
+        lines += ["", "not possible:", *(f"  {problem}" for problem in plan.impossible)]
     return "\n".join(lines)
 
 
-_HEAD = [
-    *("#", "tensor", "pipeline", "data", "expert", "recompute"),
-    *("weights", "gradients", "optimizer", "text", "vision", "head", "rollout", "total", "cost", "because of"),
-]
+_NEAREST = 5  # of the layouts that do not fit
 
 
-def _cells(layout: Layout) -> list[str]:
+def _table(layouts: Sequence[Layout]) -> list[str]:
+    """Columns that say nothing are left out: a rollout engine that is not there, experts that the model has not."""
+    rows = [_cells(layout) for layout in layouts]
+    silent = {"rollout": "0.0", "expert": "1", "because of": ""}
+    names = [name for name in rows[0] if any(row[name] != silent.get(name) for row in rows)]
+    lines = [{name: name for name in names}, *rows]
+    widths = {name: max(len(line[name]) for line in lines) for name in names if name != "because of"}
+    return ["  ".join(line[name].rjust(widths.get(name, 0)) for name in names).rstrip() for line in lines]
+
+
+def _cells(layout: Layout) -> dict[str, str]:
     from megatron_vlrl.backends.plan import GIB
 
     dims, training = layout.dims, layout.training
-    recompute = training.recompute + ("+vision" if training.recompute_vision else "")
-    memory = [*layout.memory.parts().values(), layout.memory.total]
-    return [
-        *map(str, (dims.tensor, dims.pipeline, dims.data, dims.expert)),
-        recompute,
-        *(f"{number / GIB:.1f}" for number in memory),
-        f"{layout.cost:.2f}",
-        ", ".join(layout.reasons),
-    ]
+    return {
+        "tensor": str(dims.tensor),
+        "pipeline": str(dims.pipeline),
+        "data": str(dims.data),
+        "expert": str(dims.expert),
+        "recompute": training.recompute + ("+vision" if training.recompute_vision else ""),
+        **{name: f"{number / GIB:.1f}" for name, number in layout.memory.parts().items()},
+        "total": f"{layout.memory.total / GIB:.1f}",
+        "cost": f"{layout.cost:.2f}",
+        "because of": ", ".join(layout.reasons),
+    }

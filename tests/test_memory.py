@@ -1,0 +1,223 @@
+"""The memory of a rank as planned is what a real one holds: state to the byte, activations within 10%."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_vlrl.backends.activations import CHUNK_NUMBERS, Row, head_workspace, stage_activations
+from megatron_vlrl.backends.memory import Training, fullest_rank, rank_memory
+from megatron_vlrl.models.qwen3_vl.sizes import SIZES
+from megatron_vlrl.packing import Microbatch, Targets, pack
+from megatron_vlrl.parallel.dims import ParallelDims
+from tests.reference import backend_options, make_groups, renderer_and_sampling, token_loss
+from tests.saved_bytes import saved_bytes
+from tests.spawn import run_ranks
+from tests.spec import SPEC
+from tests.tiny import make_tiny
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {
+        "dense": make_tiny(tmp_path_factory.mktemp("dense")),
+        "moe": make_tiny(tmp_path_factory.mktemp("moe"), moe=True),
+    }
+
+
+def microbatch(renderer: Any, lengths: list[int], count: int, multiple: int) -> tuple[Microbatch, Row]:
+    """`count` groups of one image and answers of equal `lengths`, and the plan's word for it."""
+    groups = make_groups(renderer, [[(96, 64)]] * count, [lengths] * count, ["count"] * count)
+    batch = pack(groups, multiple=multiple)
+    number = len(batch.target_ids)
+    zeros = torch.zeros(number)
+    targets = Targets(
+        old_log_probs=zeros,
+        advantages=zeros + 1,
+        weights=zeros + 1 / number,
+        entropy_weights=zeros,
+        task=torch.zeros(number, dtype=torch.long),
+        counted=zeros + 1,
+    )
+    prompt = groups[0].prompt
+    row = Row(
+        prompts=count,
+        prompt=len(prompt.token_ids),
+        image=len(prompt.patches[0]) // 4,
+        responses=len(lengths),
+        response=lengths[0],
+    )
+    return batch.with_targets(targets), row
+
+
+def measure(folder: Path, parallel: dict[str, Any], lengths: list[int], count: int) -> tuple[float, float]:
+    """(bytes that autograd held at its peak in a real step of this rank, bytes as planned)."""
+    from megatron_vlrl.backends import build_backend
+
+    renderer, sampling = renderer_and_sampling(folder)
+    backend = build_backend(backend_options(folder, sampling, **parallel))
+    dims = backend.groups.dims
+    batch, row = microbatch(renderer, lengths, count, dims.tensor)
+    assert 0 <= len(batch.input_ids) - row.tokens < dims.tensor
+    assert len(batch.logit_rows) == row.logit_rows
+    # A full pipeline, of rows that share nothing.
+    batches = [batch, *(microbatch(renderer, lengths, count, dims.tensor)[0] for _ in range(dims.pipeline - 1))]
+    backend.train_step(batches, token_loss, lr=0.0)
+    with saved_bytes(parameter for chunk in backend.chunks for parameter in chunk.parameters()) as account:
+        backend.train_step(batches, token_loss, lr=0.0)
+    planned = stage_activations(
+        backend.spec,
+        row,
+        dims,
+        width=4,
+        stage=backend.groups.pipeline.rank,
+        recompute=parallel.get("recompute", "none"),
+        recompute_vision=parallel.get("recompute_vision", False),
+    )
+    backend.close()
+    return account.peak, sum(planned.values())
+
+
+SHAPES = {"short": ([11, 11], 1), "long": ([40] * 4, 2)}
+ONE_RANK = [({"recompute": mode}, shape) for mode in ("none", "selective", "full") for shape in SHAPES]
+TWO_RANKS = [
+    ({"tensor": 2}, "long"),
+    ({"tensor": 2, "sequence": False}, "long"),
+    ({"pipeline": 2}, "long"),
+    ({"pipeline": 2, "recompute": "full"}, "long"),
+]
+Case = tuple[dict[str, Any], str]
+
+
+def measure_all(folder: Path, cases: list[Case]) -> list[tuple[float, float]]:
+    """`measure` of each case: processes are started once."""
+    return [measure(folder, parallel, *SHAPES[shape]) for parallel, shape in cases]
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks", "cases"),
+    [("dense", 1, ONE_RANK), ("moe", 1, ONE_RANK), ("dense", 2, TWO_RANKS), ("moe", 2, TWO_RANKS[:1])],
+    ids=["dense", "moe", "dense on two ranks", "moe on two ranks"],
+)
+def test_activations(kind: str, ranks: int, cases: list[Case], folders: dict[str, Path]) -> None:
+    results = run_ranks(measure_all, ranks, folders[kind], cases)
+    wrong = {}
+    for rank, result in enumerate(results):
+        for (parallel, shape), (measured, planned) in zip(cases, result, strict=True):
+            name = f"{kind} {parallel} {shape}, rank {rank}"
+            print(f"{name}: {measured} bytes, planned {planned / measured:.3f} of it")
+            if planned != pytest.approx(measured, rel=0.1):
+                wrong[name] = (measured, planned)
+    assert wrong == {}
+
+
+def held(folder: Path, parallel: dict[str, Any], dtype: str, distributed: bool) -> dict[str, tuple[float, float]]:
+    """Use -> (bytes that this rank holds after an update, bytes as planned)."""
+    from megatron_vlrl.backends import build_backend
+
+    renderer, sampling = renderer_and_sampling(folder)
+    options = backend_options(folder, sampling, **parallel)
+    options = replace(
+        options,
+        model=replace(options.model, dtype=dtype),
+        optimizer=replace(options.optimizer, distributed=distributed),
+    )
+    backend = build_backend(options)
+    dims = backend.groups.dims
+    batch, row = microbatch(renderer, [11, 11], 1, dims.tensor)
+    backend.train_step([batch] * dims.pipeline, token_loss, lr=1e-3)
+    parameters = list(backend.weights.parameters.values())
+    width = 2 if dtype == "bfloat16" else 4
+    planned = rank_memory(
+        backend.spec, dims, row, Training(width=width, distributed=distributed), backend.groups.pipeline.rank
+    )
+    optimizer = 0
+    for part in getattr(backend.optimizer, "chained_optimizers", [backend.optimizer]):
+        inner = part.optimizer
+        own = {p.untyped_storage().data_ptr() for p in parameters}
+        for group in inner.param_groups if inner is not None else []:
+            for parameter in group["params"]:
+                moments = (value for key, value in inner.state[parameter].items() if key != "step")
+                optimizer += sum(value.numel() * value.element_size() for value in moments)
+                if parameter.untyped_storage().data_ptr() not in own:  # a copy in float32
+                    optimizer += parameter.numel() * parameter.element_size()
+    result = {
+        "weights": (sum(p.numel() * p.element_size() for p in parameters), planned.weights),
+        "gradients": (sum(p.main_grad.numel() * p.main_grad.element_size() for p in parameters), planned.gradients),
+        "optimizer": (optimizer, planned.optimizer),
+    }
+    backend.close()
+    return result
+
+
+STATES: dict[tuple[str, int], list[tuple[dict[str, Any], str, bool]]] = {
+    ("dense", 1): [({}, "float32", False), ({}, "bfloat16", False)],
+    ("dense", 2): [
+        ({"tensor": 2}, "float32", False),
+        ({"pipeline": 2}, "bfloat16", False),
+        ({"data": 2}, "float32", True),
+        ({"data": 2}, "bfloat16", True),
+    ],
+    ("moe", 2): [
+        ({"tensor": 2}, "float32", False),
+        ({"data": 2, "expert": 2}, "float32", False),
+        ({"data": 2, "expert": 2}, "float32", True),
+    ],
+}
+
+
+def hold_all(folder: Path, cases: list[Any]) -> list[dict[str, tuple[float, float]]]:
+    """`held` of each case: processes are started once."""
+    return [held(folder, *case) for case in cases]
+
+
+@pytest.mark.parametrize(("kind", "ranks"), STATES)
+def test_weights_gradients_and_optimizer(kind: str, ranks: int, folders: dict[str, Path]) -> None:
+    cases = STATES[kind, ranks]
+    for case, *results in zip(cases, *run_ranks(hold_all, ranks, folders[kind], cases), strict=True):
+        for use in ("weights", "gradients"):
+            assert [result[use][0] for result in results] == [result[use][1] for result in results], (case, use)
+        measured, planned = ([result["optimizer"][index] for result in results] for index in (0, 1))
+        # A distributed optimizer is cut in the middle of parameters: its ranks' parts add up.
+        assert (sum(measured) == sum(planned)) if case[-1] else (measured == planned), case
+
+
+def test_head_holds_one_chunk_of_logits() -> None:
+    spec, dims = SIZES["qwen3-vl-8b"], ParallelDims(tensor=2, sequence=True)
+    many = Row(prompts=4, prompt=1024, image=0, responses=8, response=512)
+    columns = spec.text.vocab_size // 2
+    gradient = columns * spec.text.hidden_size
+    assert head_workspace(spec, many, dims, 4) == CHUNK_NUMBERS // columns * columns * 4 + gradient * 4
+    assert head_workspace(spec, many, dims, 2) == CHUNK_NUMBERS // columns * columns * 6 + gradient * 2
+    few = Row(prompts=1, prompt=8, image=0, responses=1, response=3)
+    assert head_workspace(spec, few, dims, 4) == 3 * columns * 4 + gradient * 4
+
+
+def test_row_takes_whole_groups() -> None:
+    row = Row.fill(8192, prompt=1024, image=0, responses=8, response=256)
+    assert (row.prompts, row.tokens, row.logit_rows) == (2, 6144, 2 * (1 + 8 * 255))
+    assert Row.fill(100, prompt=1024, image=0, responses=8, response=256).prompts == 1
+
+
+def test_first_stage_keeps_the_most_rows() -> None:
+    row = Row(prompts=1, prompt=64, image=16, responses=4, response=32)
+    dims = ParallelDims(pipeline=4)
+    stages = [
+        sum(stage_activations(SPEC, row, dims, 4, stage=n, recompute="none", recompute_vision=False).values())
+        for n in range(4)
+    ]
+    assert stages == sorted(stages, reverse=True)
+    assert fullest_rank(SPEC, dims, row, Training()) in [rank_memory(SPEC, dims, row, Training(), n) for n in range(4)]
+
+
+def test_recompute_keeps_less() -> None:
+    spec, dims = SIZES["qwen3-vl-8b"], ParallelDims()
+    row = Row(prompts=2, prompt=1024, image=1024, responses=8, response=256)
+    memory = [rank_memory(spec, dims, row, Training(recompute=mode), 0) for mode in ("none", "selective", "full")]
+    assert memory[0].text > memory[1].text > memory[2].text
+    assert rank_memory(spec, dims, row, Training(recompute_vision=True), 0).vision < memory[0].vision
+    assert rank_memory(spec, dims, row, Training(colocated=True), 0).rollout == 2 * 8_767_123_696

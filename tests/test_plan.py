@@ -1,0 +1,200 @@
+"""`plan` says what fits, in which order, and why the rest does not; for people and for programs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_vlrl.backends.devices import DEVICES, Device, parse_devices
+from megatron_vlrl.backends.memory import Training
+from megatron_vlrl.backends.plan import GIB, USABLE, Plan, Work, make_plan
+from megatron_vlrl.cli import main
+from megatron_vlrl.config.load import keys
+from megatron_vlrl.errors import ConfigError
+from megatron_vlrl.models.qwen3_vl.config import Qwen3VLSpec
+from megatron_vlrl.models.qwen3_vl.sizes import SIZES
+from tests.spec import SPEC
+from tests.tiny import make_tiny
+
+WORK = Work(prompts=64, prompt=1024, image=1024, group=8, response=256, budget=8192)
+TINY = Work(prompts=8, prompt=64, image=16, group=4, response=32, budget=512)
+
+
+def plan(spec: Qwen3VLSpec, devices: str, work: Work = WORK, training: Training | None = None) -> Plan:
+    return make_plan(spec, *parse_devices(devices), work, training or Training())
+
+
+def degrees(plan: Plan) -> list[tuple[int, int, int]]:
+    return [(layout.dims.tensor, layout.dims.pipeline, layout.dims.data) for layout in plan.layouts]
+
+
+def of_memory(gib: float) -> Device:
+    return Device(memory=gib, machine=8)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_every_layout_uses_all_devices_and_fits(name: str) -> None:
+    found = plan(SIZES[name], "128xh100-80g")
+    assert found.layouts
+    for layout in found.layouts:
+        assert layout.dims.world == 128
+        assert layout.memory.total <= found.limit == 79.2 * GIB * USABLE
+    for layout in found.too_large:
+        assert layout.memory.total > found.limit
+        assert (layout.training.recompute, layout.training.recompute_vision) == ("full", True)
+    costs = [layout.cost for layout in found.layouts]
+    assert costs == sorted(costs)
+
+
+def test_nothing_is_recomputed_without_need() -> None:
+    roomy = make_plan(SPEC, 1, of_memory(80), TINY, Training())
+    [layout] = roomy.layouts
+    assert (layout.training.recompute, layout.training.recompute_vision) == ("none", False)
+    assert layout.cost == 1.0
+    assert layout.reasons == ()
+    tight = of_memory((layout.memory.total - 1) / USABLE / GIB)
+    [squeezed] = make_plan(SPEC, 1, tight, TINY, Training()).layouts
+    assert squeezed.training.recompute != "none" or squeezed.training.recompute_vision
+    assert squeezed.cost > 1.0
+
+
+def test_more_memory_never_fits_less() -> None:
+    spec = SIZES["qwen3-vl-8b"]
+    small, large = (make_plan(spec, 8, of_memory(gib), WORK, Training()) for gib in (40, 80))
+    assert set(degrees(small)) < set(degrees(large))
+    assert {len(p.layouts) + len(p.too_large) for p in (small, large)} == {len(large.layouts) + len(large.too_large)}
+
+
+def test_replicas_come_before_cutting_where_all_fits() -> None:
+    found = make_plan(SPEC, 4, of_memory(80), TINY, Training())
+    assert degrees(found)[0] == (1, 1, 4)
+    assert found.layouts[0].reasons == ()
+
+
+def test_costs_are_named() -> None:
+    reasons = {
+        (layout.dims.tensor, layout.dims.pipeline): layout.reasons
+        for layout in make_plan(SPEC, 4, of_memory(80), replace(TINY, prompts=8, budget=1), Training()).layouts
+    }
+    assert reasons[2, 1] == ("tensor x1.05",)
+    assert reasons[1, 2] == ("bubble x1.25",)  # 4 microbatches of a replica, 1 more to fill the pipeline
+    idle = make_plan(SPEC, 4, of_memory(80), replace(TINY, prompts=3), Training()).layouts
+    assert any("idle x1.33" in layout.reasons for layout in idle)
+
+
+def test_impossible_degrees_are_explained_once() -> None:
+    found = plan(SIZES["qwen3-vl-8b"], "trn1.32xlarge")
+    assert [text.partition(";")[0] for text in found.impossible] == [
+        "parallel.tensor=16 does not divide 8 key/value heads",
+        "parallel.tensor=32 does not divide 8 key/value heads, 16 vision heads, 4304 vision feed-forward width",
+        *(f"parallel.pipeline={n} x virtual_pipeline=1 does not divide 36 layers" for n in (8, 16, 32)),
+    ]
+    assert all(layout.dims.tensor <= 8 for layout in found.layouts + found.too_large)
+
+
+def test_tensor_stays_inside_a_machine() -> None:
+    found = make_plan(SIZES["qwen3-vl-8b"], 8, Device(memory=80, machine=4), WORK, Training())
+    assert any(text.startswith("parallel.tensor=8 reaches over machines of 4") for text in found.impossible)
+    assert max(layout.dims.tensor for layout in found.layouts) == 4
+
+
+def test_only_mixtures_share_experts() -> None:
+    assert {layout.dims.expert for layout in plan(SIZES["qwen3-vl-8b"], "8xh100-80g").layouts} == {1}
+    experts = {layout.dims.expert for layout in plan(SIZES["qwen3-vl-30b-a3b"], "32xh100-80g").layouts}
+    assert experts >= {2, 4, 8, 16}
+
+
+def test_distributed_optimizer_and_engine_count() -> None:
+    spec = SIZES["qwen3-vl-2b"]
+    for change, worse in ((Training(distributed=False), True), (Training(colocated=True), True), (Training(), False)):
+        pairs = zip(*(plan(spec, "8xh200-141g", training=t).layouts for t in (Training(), change)), strict=True)
+        wide = [(a, b) for a, b in pairs if a.dims.data > 1 and a.dims == b.dims]
+        assert wide
+        assert all((b.memory.total > a.memory.total) == worse for a, b in wide)
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "kind"),
+    [("8xh100-80g", 8, "h100-80g"), ("h100-80g", 1, "h100-80g"), ("2xtrn1.32xlarge", 64, "trn1.32xlarge")],
+)
+def test_devices(text: str, count: int, kind: str) -> None:
+    assert parse_devices(text) == (count, DEVICES[kind])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("8xh10-80g", "--devices: unknown 'h10-80g'; did you mean 'h100-80g'?"),
+        ("0xh100-80g", "is not COUNTxKIND such as 8xh100-80g"),
+        ("", "is not COUNTxKIND"),
+    ],
+)
+def test_unknown_devices(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("?", r"\?")):
+        parse_devices(text)
+
+
+def test_text_shows_what_fits_and_what_does_not(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", "qwen3-vl-8b", "--devices", "trn1.32xlarge"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("qwen3-vl-8b in bfloat16 on trn1.32xlarge: 32 devices of 16.0 GiB; 8.77 billion parameters")
+    for part in ("fits, best first:", "needs more than 14.4 whatever is recomputed", "not possible:"):
+        assert part in text
+    table = text.partition("fits, best first:\n")[2].splitlines()
+    ends = [line.find(column) + len(column) for line, column in ((table[0], "total"), (table[0], "tensor"))]
+    assert all(line[end - 1].isdigit() for line in table[1:3] for end in ends)  # columns are aligned
+    assert "rollout" not in text
+    assert "expert" not in text
+
+
+def test_json_is_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", "qwen3-vl-30b-a3b", "--devices", "8xh100-80g", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == [
+        *("model", "parameters", "devices", "device_count", "limit_bytes", "layouts", "too_large", "impossible")
+    ]
+    assert sum(found["parameters"].values()) == 31_070_754_032
+    for layout in found["layouts"]:
+        assert list(layout) == ["settings", "bytes", "total_bytes", "cost", "reasons"]
+        assert set(layout["settings"]) <= set(keys())  # a run takes them as they are
+        assert sum(layout["bytes"].values()) == pytest.approx(layout["total_bytes"], abs=8)
+        assert layout["total_bytes"] <= found["limit_bytes"]
+
+
+def test_folder_is_planned_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_tiny(tmp_path / "model")
+    assert main(["plan", "--model", str(folder), "--devices", "h100-80g", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["layouts"][0]["settings"]["parallel.recompute"] == "none"
+
+
+def test_nothing_fits_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", "qwen3-vl-32b", "--devices", "h100-80g"]) == 1
+    assert "no layout fits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "qwen3-vl-32"], "--model: unknown 'qwen3-vl-32'; did you mean 'qwen3-vl-32b'?"),
+        (["--model", "qwen3-vl-8b", "--image-tokens", "2000"], "--image-tokens is 2000; use 0 to --prompt-tokens"),
+    ],
+)
+def test_bad_input(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *words, "--devices", "8xh100-80g"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_plan_needs_no_torch() -> None:
+    code = (
+        "import sys\nfrom megatron_vlrl.cli import main\n"
+        "code = main(['plan', '--model', 'qwen3-vl-4b', '--devices', '2xh100-80g'])\n"
+        "sys.exit(code or 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
