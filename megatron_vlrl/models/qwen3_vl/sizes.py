@@ -66,9 +66,7 @@ SIZES: dict[str, Qwen3VLSpec] = {
         replace(_TEXT, hidden_size=5120, ffn_size=25600, layers=64, heads=64), _LARGE_VISION, tied=False
     ),
     "qwen3-vl-30b-a3b": _size(
-        replace(
-            _TEXT, hidden_size=2048, ffn_size=6144, layers=48, kv_heads=4, expert_ffn_size=768, **_EXPERTS
-        ),
+        replace(_TEXT, hidden_size=2048, ffn_size=6144, layers=48, kv_heads=4, expert_ffn_size=768, **_EXPERTS),
         _LARGE_VISION,
         tied=False,
     ),
