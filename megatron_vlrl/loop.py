@@ -20,11 +20,13 @@ from megatron_vlrl.config.load import dump
 from megatron_vlrl.config.schema import Config
 from megatron_vlrl.data.loader import PromptLoader, check_bad_samples, held_out
 from megatron_vlrl.data.stream import SampleStream
+from megatron_vlrl.models.qwen3_vl.cost import unit_costs
 from megatron_vlrl.models.qwen3_vl.render import Renderer
 from megatron_vlrl.observe.clock import Clock
 from megatron_vlrl.observe.recorder import Recorder
 from megatron_vlrl.observe.report import write_report
 from megatron_vlrl.observe.summary import summary_table
+from megatron_vlrl.packing import group_cost
 from megatron_vlrl.parallel.collectives import barrier, gather_objects
 from megatron_vlrl.rollout.distribute import generate_groups
 from megatron_vlrl.rollout.engines import judge_config, make_engine
@@ -34,6 +36,7 @@ from megatron_vlrl.runtime.launch import world_from_env
 from megatron_vlrl.runtime.process import joined
 from megatron_vlrl.runtime.seed import seed_all
 from megatron_vlrl.tasks.reward import reward_group
+from megatron_vlrl.train.exchange import share_out
 from megatron_vlrl.train.minibatches import Minibatch, assign, make_minibatches, rows_of, trains
 from megatron_vlrl.train.rewards import gather_table, score_groups
 from megatron_vlrl.train.statistics import table_means, update_means
@@ -75,11 +78,13 @@ class Run:
         )
         self.tasks = stream.tasks
         self.loader = PromptLoader(stream, self.renderer.render)
+        self.cost = partial(group_cost, unit=unit_costs(self.renderer.spec))
         self.updater = Updater(
             backend=self.backend,
             algorithm=config.algorithm,
             task_names=self.tasks,
             microbatch_tokens=config.train.microbatch_tokens,
+            cost=self.cost,
         )
         self.store = CheckpointStore(self.folder / "checkpoints", keep=config.checkpoint.keep, world=self.groups.world)
         self.updates, self.finished = 0, False
@@ -122,11 +127,13 @@ class Run:
             table = gather_table(groups, rewards, self.groups.data, self.tasks)
             kind, options = config.algorithm.advantage.kind, config.algorithm.advantage.options
             result = advantages(table.total, table.task, table.position, kind, table.components, **options)
-        with clock("pack"):
+        with clock("balance"):
             rows = trains(table, result, every_token=bool(config.algorithm.entropy.coefficient))
             chosen = assign(table, rows, config.train.minibatches, (config.run.seed, self.done))
-            aggregation = config.algorithm.loss.aggregation
-            minibatches = make_minibatches(groups, table, result, active=rows, chosen=chosen, aggregation=aggregation)
+            shares = share_out(groups, chosen, self.cost, self.groups.data)
+        with clock("pack"):
+            own, aggregation = shares.groups, config.algorithm.loss.aggregation
+            minibatches = make_minibatches(own, table, result, active=rows, chosen=chosen, aggregation=aggregation)
         with clock("update"):
             lr = self._learning_rate()
             updates = self._update(minibatches, lr)
@@ -135,14 +142,15 @@ class Run:
             if self.engine.needs_weights:
                 self.engine.update_weights(self.backend.hf_weights(), self.done)
         if self.recorder:
-            own = [result.values[rows_of(table, group)] for group in groups]
-            self.recorder.rollouts(self.done, groups, rewards, own)
+            values = [result.values[rows_of(table, group)] for group in groups]
+            self.recorder.rollouts(self.done, groups, rewards, values)
         reasons = [u.skipped for u in updates if u.skipped] if updates else ["no group has rewards that differ"]
         drift = {"mismatch_max": updates[0].maxima["drift"]} if updates and self.engine.needs_weights else {}
+        counts = {"updates": float(self.updates), "bad_samples": float(len(bad))}
         return StepStats(
             step=self.done,
             means=table_means(table, result) | (update_means(updates, self.tasks) if updates else {}),
-            scalars={"lr": lr, "updates": float(self.updates), "bad_samples": float(len(bad)), **drift},
+            scalars={"lr": lr, **counts, **shares.scalars(), **drift},
             seconds=clock.seconds,
             skipped="; ".join(reasons) or None,
         )

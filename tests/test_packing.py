@@ -1,4 +1,4 @@
-"""Packed rows hold what the groups say, attention looks where it may, rows are cut evenly; controls show the bite."""
+"""Packed rows hold what the groups say, attention looks where it may; controls show the bite."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vlrl.packing import Microbatch, Segment, Targets, cut, pack, packed_tokens, plan_attention
+from megatron_vlrl.packing import Microbatch, Segment, Targets, pack, packed_tokens, plan_attention
 from megatron_vlrl.types import RolloutGroup
 from tests.groups import make_group
 from tests.reference import LENGTHS, backend_options, hf_scores, make_groups, renderer_and_sampling
@@ -134,30 +134,6 @@ def test_a_row_of_prompts_alone_is_planned() -> None:
     assert plan.owner.tolist() == []
     assert plan.prompt_index.tolist() == [[0, 1, 1], [2, 3, 4]]
     assert plan.unpack.tolist() == [0, 1, 3, 4, 5]
-
-
-@settings(max_examples=200, deadline=None)
-@given(costs=st.lists(st.integers(1, 50), max_size=30), limit=st.integers(1, 60))
-def test_cut_keeps_order_and_limit(costs: list[int], limit: int) -> None:
-    runs = cut(costs, limit)
-    assert [index for run in runs for index in run] == list(range(len(costs)))
-    for run in runs:
-        assert run
-        assert len(run) == 1 or sum(costs[index] for index in run) <= limit
-
-
-@settings(max_examples=200, deadline=None)
-@given(count=st.integers(1, 200), limit=st.integers(1, 40))
-def test_cut_of_equal_costs_is_the_fewest_even_runs(count: int, limit: int) -> None:
-    sizes = [len(run) for run in cut([3] * count, 3 * limit)]
-    assert len(sizes) == -(-count // limit)
-    assert max(sizes) - min(sizes) <= 1
-
-
-def test_cut_examples() -> None:
-    assert cut([], 10) == []
-    assert cut([10] * 5, 40) == [[0, 1, 2], [3, 4]]  # not 4 and 1
-    assert cut([5, 99, 5], 10) == [[0], [1], [2]]  # one over the limit stands alone
 
 
 def running_positions(row: Microbatch, groups: list[RolloutGroup]) -> Microbatch:

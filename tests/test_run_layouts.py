@@ -107,6 +107,8 @@ def test_every_layout_is_the_same_run(runs, layout):
     for one, other in zip(ours, theirs, strict=True):
         drift = {name: step.pop("mismatch_max") for name, step in (("ours", one), ("theirs", other))}
         assert max(drift.values()) < 1e-4
+        for step in (one, other):  # how even the work is: the one thing that a layout may change
+            assert step.pop("balance/before") >= step.pop("balance/after") >= 1.0
         assert not differences(one, other, relative=1e-4, absolute=1e-6)
     assert records(runs(layout)[0], "evaluation.jsonl") == records(runs("tensor=2")[0], "evaluation.jsonl")
 

@@ -17,6 +17,7 @@ import torch
 from megatron_vlrl.algorithms import advantages
 from megatron_vlrl.config.schema import AlgorithmConfig, EntropyConfig, LossConfig
 from megatron_vlrl.models.qwen3_vl.render import Renderer
+from megatron_vlrl.packing import packed_tokens
 from megatron_vlrl.parallel.groups import Group
 from megatron_vlrl.train.minibatches import TrainGroup, assign, make_minibatches, trains
 from megatron_vlrl.train.rewards import gather_table
@@ -150,7 +151,9 @@ def updates(folder: Path, parallel: Mapping[str, int], estimator: str, plans: Se
             loss=LossConfig(**CLIP),
             entropy=EntropyConfig(coefficient=COEFFICIENT, estimator=estimator, bands=expected.bands),
         )
-        updater = Updater(backend=backend, algorithm=config, task_names=TASKS, microbatch_tokens=tokens)
+        updater = Updater(
+            backend=backend, algorithm=config, task_names=TASKS, microbatch_tokens=tokens, cost=packed_tokens
+        )
         batches = updater.pack(members_of(expected.groups, split[data.rank], data, singly=singly))
         update = updater.update(batches, lr=0.0)
         results[plan] = {

@@ -22,6 +22,7 @@ import torch
 
 from megatron_vlrl.backends import BackendOptions, build_backend
 from megatron_vlrl.config.schema import AlgorithmConfig, LossConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_vlrl.packing import packed_tokens
 from megatron_vlrl.runtime.launch import World
 from megatron_vlrl.runtime.process import joined
 from megatron_vlrl.train.minibatches import TrainGroup
@@ -124,7 +125,11 @@ def ours(folder: Path, groups: Sequence[RolloutGroup]) -> Callable[[str], object
     )
     algorithm = AlgorithmConfig(loss=LossConfig(aggregation="token_mean"))
     updater = Updater(
-        backend=build_backend(options), algorithm=algorithm, task_names=("bench",), microbatch_tokens=16384
+        backend=build_backend(options),
+        algorithm=algorithm,
+        task_names=("bench",),
+        microbatch_tokens=16384,
+        cost=packed_tokens,
     )
     members = {
         "grouped": train_groups(groups),

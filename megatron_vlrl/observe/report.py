@@ -28,6 +28,8 @@ _CURVES = {
     "mismatch_kl": "KL of sampler to trainer",
     "grad_norm": "Gradient norm",
 }
+# Metrics `family/member` whose members are no tasks.
+_FAMILIES = {"seconds": "Seconds by stage", "balance": "Work of the busiest data rank, mean = 1"}
 
 
 def write_report(folder: Path) -> Path:
@@ -96,12 +98,11 @@ def _training_charts(metrics: Sequence[Record]) -> str:
     for name in (name for name in names if name not in hidden):
         family, _, member = name.partition("/")
         if family not in ("reward", "accuracy"):  # the tasks' own charts have them
-            families.setdefault(f"{family} by task" if member else family, []).append(
-                _curve(metrics, name, member or name)
-            )
-    seconds = families.pop("seconds by task", [])
+            title = _FAMILIES.get(family, f"{family} by task") if member else family
+            families.setdefault(title, []).append(_curve(metrics, name, member or name))
+    seconds = families.pop(_FAMILIES["seconds"], [])
     charts = [line_chart(title, [_curve(metrics, key, key)], limits=(0, 0)) for key, title in _CURVES.items()]
-    charts.append(line_chart("Seconds by stage", seconds, limits=(0, 0)))
+    charts.append(line_chart(_FAMILIES["seconds"], seconds, limits=(0, 0)))
     charts += [line_chart(title, series) for title, series in families.items()]
     return f'<div class="charts">{"".join(charts)}</div>'
 

@@ -1,10 +1,37 @@
-"""Which groups share a microbatch: pure functions over costs."""
+"""Which rank computes a group, and which groups share a microbatch: pure functions over what groups cost.
+
+In: groups, or columns of their costs in the order of the global table. Out: ranks, or runs of indices; the same on
+every rank that is given the same numbers. The work of a group is known before it is done, as its answers are written.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from megatron_vlrl.types import RolloutGroup
+
+Costs = NDArray[np.float64]
+Ranks = NDArray[np.int64]
+THRESHOLD = 0.05  # of the greatest rank's cost: groups, with their pixels, do not move for less
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnitCosts:
+    """FLOPs of a forward pass, by what they are proportional to. A backward pass costs twice as much of each.
+
+    token: a packed token in the linear layers. pair: a query that looks at a key, all layers. logit: a row of logits.
+    patch: a vision patch in the linear layers. patch_pair: two patches of one frame that look at each other.
+    """
+
+    token: float
+    pair: float
+    logit: float
+    patch: float
+    patch_pair: float
 
 
 def packed_tokens(group: RolloutGroup) -> int:
@@ -12,23 +39,89 @@ def packed_tokens(group: RolloutGroup) -> int:
     return len(group.prompt.token_ids) + sum(len(rollout.token_ids) for rollout in group.rollouts)
 
 
-def cut(costs: Sequence[int], limit: int) -> list[list[int]]:
-    """Indices of items cut into runs of at most `limit`, evenly, order kept; an item over the limit stands alone.
+def group_cost(group: RolloutGroup, unit: UnitCosts) -> float:
+    """FLOPs of a forward pass over a group: its prompt and images once, each response on [prompt; itself]."""
+    prompt = len(group.prompt.token_ids)
+    responses = [len(rollout.token_ids) for rollout in group.rollouts]
+    pairs = prompt * prompt / 2 + sum(length * (prompt + length / 2) for length in responses)
+    frames = [(t, h * w) for t, h, w in group.prompt.grids]
+    return (
+        unit.token * packed_tokens(group)
+        + unit.pair * pairs
+        + unit.logit * (1 + sum(length - 1 for length in responses))  # first tokens share a row, last ones need none
+        + unit.patch * sum(t * patches for t, patches in frames)
+        + unit.patch_pair * sum(t * patches**2 for t, patches in frames)
+    )
 
-    Even runs keep a pipeline's stages equally busy: the number of runs is the least that fits, then
-    each run is closed at its share of the total.
+
+def loads(costs: Costs, owners: Ranks, ranks: int) -> Costs:
+    """What each rank has to do, float64[ranks]."""
+    return np.bincount(owners, costs, ranks).astype(np.float64, copy=False)
+
+
+def longest_first(costs: Costs, owners: Ranks, start: Costs) -> Ranks:
+    """Give out the groups, dearest first, each to the rank that has least; `start` is what ranks have already.
+
+    From nothing, the greatest load is at most 4/3 of the best one possible (Graham 1969). Of equal ranks the present
+    owner is taken, else the first.
     """
-    runs: list[list[int]] = []
-    least = max(1, -(-sum(costs) // limit))
-    share = sum(costs) / least
-    done, current, filled = 0, list[int](), 0
-    for index, cost in enumerate(costs):
-        if current and (filled + cost > limit or done + filled >= share * (len(runs) + 1)):
-            runs.append(current)
-            done += filled
-            current, filled = [], 0
-        current.append(index)
-        filled += cost
-    if current:
-        runs.append(current)
+    filled, result = start.copy(), owners.copy()
+    for index in np.argsort(-costs, kind="stable").tolist():
+        rank = owners[index]
+        if filled[rank] > filled.min():
+            rank = filled.argmin()
+        result[index] = rank
+        filled[rank] += costs[index]
+    return result
+
+
+def rebalance(costs: Costs, owners: Ranks, ranks: int, threshold: float = THRESHOLD) -> Ranks:
+    """The rank of each group: int64[n], from its cost and its present rank.
+
+    As long as `longest_first` from nothing would not make the slowest rank faster by more than `threshold`, all stay.
+    Then groups stay where they fit under its greatest load, and only the others move; where that turns out worse than
+    it by more than `threshold`, its own answer is taken. So what moves always helps.
+    """
+    fresh = longest_first(costs, owners, np.zeros(ranks))
+    goal = loads(costs, fresh, ranks).max()
+    if loads(costs, owners, ranks).max() <= goal * (1 + threshold):
+        return owners
+    filled, stays = np.zeros(ranks), np.zeros(len(costs), dtype=np.bool_)
+    for index in np.argsort(-costs, kind="stable").tolist():
+        if filled[owners[index]] + costs[index] <= goal:
+            filled[owners[index]] += costs[index]
+            stays[index] = True
+    result = owners.copy()
+    result[~stays] = longest_first(costs[~stays], owners[~stays], filled)
+    return result if loads(costs, result, ranks).max() <= goal * (1 + threshold) else fresh
+
+
+def cut(tokens: Sequence[int], limit: int, costs: Sequence[float]) -> list[list[int]]:
+    """Indices of items in runs of at most `limit` tokens and of even cost; an item over the limit stands alone.
+
+    Even runs keep the stages of a pipeline, and ranks that share experts, equally busy. Their number is the least
+    that the tokens allow, or the next one with which giving the dearest item to the cheapest run with room succeeds.
+    """
+    order = sorted(range(len(tokens)), key=lambda index: -costs[index])
+    small = [number for number in tokens if number <= limit]
+    count = len(tokens) - len(small) - (-sum(small) // limit)
+    while (runs := _fill(order, tokens, limit, costs, count)) is None:
+        count += 1
+    return sorted(sorted(run) for run in runs if run)
+
+
+def _fill(
+    order: Sequence[int], tokens: Sequence[int], limit: int, costs: Sequence[float], count: int
+) -> list[list[int]] | None:
+    """`count` runs, or None where an item finds no room."""
+    runs: list[list[int]] = [[] for _ in range(count)]
+    used, filled = [0] * count, [0.0] * count
+    for index in order:
+        room = [run for run in range(count) if not runs[run] or used[run] + tokens[index] <= limit]
+        if not room:
+            return None
+        run = min(room, key=filled.__getitem__)
+        runs[run].append(index)
+        used[run] += tokens[index]
+        filled[run] += costs[index]
     return runs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,23 +17,26 @@ from megatron_vlrl.config.schema import AlgorithmConfig
 from megatron_vlrl.packing import Microbatch, Targets, cut, pack, packed_tokens
 from megatron_vlrl.parallel.collectives import sum_over
 from megatron_vlrl.train.minibatches import TrainGroup, filler
+from megatron_vlrl.types import RolloutGroup
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Updater:
-    """Takes updates on a backend."""
+    """Takes updates on a backend. cost: of a group, in any unit; microbatches are cut to cost alike."""
 
     backend: Backend
     algorithm: AlgorithmConfig
     task_names: tuple[str, ...]
     microbatch_tokens: int
+    cost: Callable[[RolloutGroup], float]
 
     def pack(self, groups: Sequence[TrainGroup]) -> list[Microbatch]:
         """Packed rows of at most `microbatch_tokens`; at least one, as every rank takes part in an update."""
         members = list(groups) or [filler()]
         multiple = self.backend.groups.tensor.size
         batches = []
-        for run in cut([packed_tokens(member.group) for member in members], self.microbatch_tokens):
+        tokens = [packed_tokens(member.group) for member in members]
+        for run in cut(tokens, self.microbatch_tokens, [self.cost(member.group) for member in members]):
             chosen = [members[index] for index in run]
             row = pack([member.group for member in chosen], multiple=multiple)
             batches.append(row.with_targets(_targets(chosen)))
