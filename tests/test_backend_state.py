@@ -100,14 +100,13 @@ def draws() -> list[float]:
 
 
 def observed(folder: Path, backend: MegatronBackend) -> dict[str, Any]:
-    """What this rank holds now, its place, and what comes next."""
+    """What this rank holds now, its place, and what comes next; the backend stays open."""
     backend._complete_weights()
     slices, settings = held(backend)
     tensor = backend.groups.tensor
     result = {"place": (tensor.rank, tensor.size), "slices": slices, "settings": settings, "draws": draws()}
     result["buckets"] = sum(len(buffer.buckets) for chunk in backend.wrapped for buffer in chunk.buffers)
     result["loss"] = [step(folder, backend) for _ in range(2)]
-    backend.close()
     return result
 
 
@@ -121,14 +120,18 @@ def train_and_save(folder: Path, target: Path, layout: Layout) -> dict[str, Any]
     np.random.seed(200 + rank)
     torch.manual_seed(300 + rank)
     backend.save(target)
-    return observed(folder, backend)
+    result = observed(folder, backend)
+    backend.close()
+    return result
 
 
 def load(folder: Path, target: Path, layout: Layout) -> dict[str, Any]:
     """The same from a fresh backend at another layout."""
     backend = make(folder, layout)
     backend.load(target)
-    return observed(folder, backend)
+    result = observed(folder, backend)
+    backend.close()
+    return result
 
 
 def whole_tensors(folder: Path, ranks: list[dict[str, Any]]) -> dict[str, list[Tensor]]:

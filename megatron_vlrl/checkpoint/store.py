@@ -87,7 +87,7 @@ class CheckpointStore:
             new.sequence = self._on_main(lambda: self._begin(new.part))
             self._on_all(lambda: new.write(write))
         self._unfinished = new
-        return self.poll(wait=new.saving is None)
+        return self.poll(wait=True) if new.saving is None else None
 
     def poll(self, *, wait: bool = False) -> Path | None:
         """Bring a checkpoint that is being written one stage on: written, hashed, then the newest (returned).
