@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_vlrl.algorithms import advantages, check_options
 from megatron_vlrl.algorithms.schedules import learning_rate
 from megatron_vlrl.backends import BackendOptions, build_backend
-from megatron_vlrl.backends.protocol import UpdateResult
+from megatron_vlrl.backends.protocol import Saving, UpdateResult
 from megatron_vlrl.checkpoint.export import export_model
 from megatron_vlrl.checkpoint.state import STATE_FILE, RunState, differences, summary
 from megatron_vlrl.checkpoint.store import CheckpointStore
@@ -141,6 +141,7 @@ class Run:
         with clock("sync"):
             if self.engine.needs_weights:
                 self.engine.update_weights(self.backend.hf_weights(), self.done)
+        self.store.poll()
         if self.recorder:
             values = [result.values[rows_of(table, group)] for group in groups]
             self.recorder.rollouts(self.done, groups, rewards, values)
@@ -151,7 +152,7 @@ class Run:
             step=self.done,
             means=table_means(table, result) | (update_means(updates, self.tasks) if updates else {}),
             scalars={"lr": lr, **counts, **shares.scalars(), **drift},
-            seconds=clock.seconds,
+            seconds=clock.seconds | {"save": self.store.take_blocked_seconds()},
             skipped="; ".join(reasons) or None,
         )
 
@@ -213,10 +214,10 @@ class Run:
             config=summary(self.config),
         ).to_dict()
 
-        def write(folder: Path) -> None:
-            self.backend.save(folder)
+        def write(folder: Path) -> Saving | None:
             if self.groups.is_main:
                 (folder / STATE_FILE).write_text(json.dumps(record), encoding="utf-8")
+            return self.backend.save(folder, asynchronous=self.config.checkpoint.asynchronous)
 
         self.store.save(self.done, write, layout=asdict(self.groups.dims))
 
@@ -244,7 +245,8 @@ class Run:
         )
 
     def _finish(self) -> str:
-        """Export, report, and the closing table."""
+        """The last checkpoint, export, report, and the closing table."""
+        self.store.poll(wait=True)
         if self.config.observe.export:
             export_model(self.backend, self.folder / "hf", Path(self.config.model.path))
         if self.recorder:
