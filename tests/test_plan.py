@@ -17,9 +17,12 @@ from megatron_vlrl.cli import main
 from megatron_vlrl.config.load import keys
 from megatron_vlrl.errors import ConfigError
 from megatron_vlrl.models.qwen3_vl.config import Qwen3VLSpec
-from megatron_vlrl.models.qwen3_vl.sizes import SIZES
+from megatron_vlrl.models.qwen3_vl.sizes import SIZES, parameter_counts
 from tests.spec import SPEC
 from tests.tiny import make_tiny
+from tools.pages import code_block, replace_parts
+
+ROOT = Path(__file__).resolve().parent.parent
 
 WORK = Work(prompts=64, prompt=1024, image=1024, group=8, response=256, budget=8192)
 TINY = Work(prompts=8, prompt=64, image=16, group=4, response=32, budget=512)
@@ -39,11 +42,11 @@ def of_memory(gib: float) -> Device:
 
 @pytest.mark.parametrize("name", SIZES)
 def test_every_layout_uses_all_devices_and_fits(name: str) -> None:
-    found = plan(SIZES[name], "128xh100-80g")
+    found = plan(SIZES[name], "64xh200-141g")
     assert found.layouts
     for layout in found.layouts:
-        assert layout.dims.world == 128
-        assert layout.memory.total <= found.limit == 79.2 * GIB * USABLE
+        assert layout.dims.world == 64
+        assert layout.memory.total <= found.limit == 139.8 * GIB * USABLE
     for layout in found.too_large:
         assert layout.memory.total > found.limit
         assert (layout.training.recompute, layout.training.recompute_vision) == ("full", True)
@@ -198,3 +201,19 @@ def test_plan_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def page_parts(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """What docs/plan.md shows of a run, and of the sizes."""
+    assert main(["plan", "--model", "qwen3-vl-8b", "--devices", "8xh100-80g"]) == 0
+    columns = ("embedding", "layers", "head", "vision", "mergers")
+    rows = []
+    for name, counts in ((name, parameter_counts(spec)) for name, spec in SIZES.items()):
+        numbers = [sum(counts.values()), *(counts[column] for column in columns)]
+        rows.append(f"| `{name}` | " + " | ".join(f"{number / 1e6:,.1f}" for number in numbers) + " |")
+    return {"output": code_block(capsys.readouterr().out), "sizes": "\n".join(rows)}
+
+
+def test_page_is_current(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs/plan.md").read_text()
+    assert replace_parts(page, page_parts(capsys)) == page

@@ -16,7 +16,7 @@ from tests.spawn import run_ranks
 if TYPE_CHECKING:
     from torch import nn
 
-# What the published weight files add up to.
+# What the published weight files add up to, as far as is known here: written from memory.
 PUBLISHED = {
     "qwen3-vl-2b": 2_127_532_032,
     "qwen3-vl-4b": 4_437_815_808,

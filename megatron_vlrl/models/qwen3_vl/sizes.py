@@ -1,8 +1,10 @@
 """The published sizes of Qwen3-VL by name, and parameters counted by module; torch-free.
 
-The numbers are those of the published config.json files, written down here so that a size can be planned for without
-its folder. Two things hold them: the parameter totals that the publisher's weight files add up to, and transformers'
-own model built from the same numbers (tests/test_sizes.py).
+The numbers are those of the published config.json files, written down so that a size can be planned for without its
+folder. tests/test_sizes.py compares the parameters with transformers' own model of the same numbers and with the totals
+of the published weight files. Totals and numbers alike were written from memory, not read from the files; and of head
+size and number of heads, rotary base and sections, positions, DeepStack's places, token ids and the mixtures' unused
+dense width no total says anything. Training reads a folder's own config.json, never these.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ _TEXT = TextSpec(
     mrope_section=(24, 20, 20),
     max_positions=262144,
 )
-_EXPERTS = {"experts": 128, "experts_per_token": 8}
+_MIXTURE = replace(_TEXT, kv_heads=4, experts=128, experts_per_token=8)
 _LARGE_VISION = VisionSpec(
     depth=27,
     hidden_size=1152,
@@ -66,12 +68,10 @@ SIZES: dict[str, Qwen3VLSpec] = {
         replace(_TEXT, hidden_size=5120, ffn_size=25600, layers=64, heads=64), _LARGE_VISION, tied=False
     ),
     "qwen3-vl-30b-a3b": _size(
-        replace(_TEXT, hidden_size=2048, ffn_size=6144, layers=48, kv_heads=4, expert_ffn_size=768, **_EXPERTS),
-        _LARGE_VISION,
-        tied=False,
+        replace(_MIXTURE, hidden_size=2048, ffn_size=6144, layers=48, expert_ffn_size=768), _LARGE_VISION, tied=False
     ),
     "qwen3-vl-235b-a22b": _size(
-        replace(_TEXT, layers=94, heads=64, kv_heads=4, expert_ffn_size=1536, **_EXPERTS), _LARGE_VISION, tied=False
+        replace(_MIXTURE, layers=94, heads=64, expert_ffn_size=1536), _LARGE_VISION, tied=False
     ),
 }
 
