@@ -60,6 +60,15 @@ def test_only_what_does_not_divide_is_named(part: str, change: dict[str, int], n
     assert text.startswith(f"parallel.tensor=4 does not divide {named};")
 
 
-def test_layers_alone() -> None:
-    text = message(SPEC, ParallelDims(pipeline=3))
-    assert text.startswith("parallel.pipeline=3 does not divide 4 layers")
+@pytest.mark.parametrize(
+    ("dims", "named"),
+    [
+        (ParallelDims(pipeline=3), "parallel.pipeline=3 x virtual_pipeline=1 does not divide 4 layers"),
+        (ParallelDims(pipeline=2, virtual=3), "parallel.pipeline=2 x virtual_pipeline=3 does not divide 4 layers"),
+        (ParallelDims(pipeline=8), "parallel.pipeline=8 x virtual_pipeline=1 does not divide 4 layers"),
+        (ParallelDims(virtual=2), "parallel.virtual_pipeline=2 interleaves pipeline stages, but there is one rank"),
+        (ParallelDims(data=2, expert=2), "parallel.expert=2 shares experts, but the model has none"),
+    ],
+)
+def test_stages_and_experts_that_cannot_be(dims: ParallelDims, named: str) -> None:
+    assert message(SPEC, dims).startswith(named)
