@@ -59,8 +59,8 @@ class Split:
         return whole[0].chunk(size, self.dim)[rank]
 
     def join(self, shards: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
-        """Chunks one after the other."""
-        return [torch.cat(list(shards), self.dim)]
+        """Chunks one after the other; a single one is not copied."""
+        return [torch.cat(list(shards), self.dim) if len(shards) > 1 else shards[0]]
 
 
 @dataclass(frozen=True, slots=True)
