@@ -93,6 +93,7 @@ class MegatronBackend:
         self._schedule = get_forward_backward_func()
         self._p2p = VaryingShapeP2P(process_groups.pp, backward_group(process_groups.pp), text)
         self._process_groups = process_groups
+        self._multiple = dims.pipeline if dims.virtual > 1 else 1  # of microbatches in a schedule
         self._banned = self._local_columns(options.sampling.banned_token_ids)
 
     @property
@@ -168,11 +169,11 @@ class MegatronBackend:
     def _run(self, microbatches: Sequence[Microbatch], loss: Any, *, forward_only: bool) -> list[dict[str, Any]]:
         """megatron-core's schedule over the microbatches; what `loss` reported, on the last stage only.
 
-        Interleaved stages need as many microbatches as there are ranks in the pipeline, and ranks that share experts
-        need as many as each other: what is missing is filled up.
+        Interleaved stages need a multiple of the number of ranks in the pipeline, and ranks that share experts as many
+        as each other: what is missing is filled up.
         """
-        needed = self.groups.pipeline.size if len(self.chunks) > 1 else 0
-        missing = max(needed, *gather_objects(len(microbatches), self.groups.expert)) - len(microbatches)
+        most = max(gather_objects(len(microbatches), self.groups.expert))
+        missing = -(-most // self._multiple) * self._multiple - len(microbatches)
         filler = pack([filler_group()], multiple=self.groups.tensor.size)
         batches = [*microbatches, *[filler] * missing]
 

@@ -1,4 +1,4 @@
-"""What megatron-core 0.16 needs to run without CUDA: five small shims, inert where CUDA exists.
+"""What megatron-core 0.16 needs to run without CUDA: six small shims, inert where CUDA exists.
 
 S1 `torch.cuda.current_device()` is called throughout: it answers the CPU device.
 S2 `device="cuda"` literals, `.cuda()` and 'torch.cuda.FloatTensor' type names: a TorchFunctionMode, entered
@@ -6,6 +6,7 @@ S2 `device="cuda"` literals, `.cuda()` and 'torch.cuda.FloatTensor' type names: 
 S3 the CUDA random-state tracker: a subclass over the CPU generator.
 S4 `torch.cuda.synchronize()`: does nothing.
 S5 the dispatcher of tokens to experts copies its counts to the host on a CUDA stream: it does without.
+S6 gloo gathers and scatters parts of one size only; tokens of experts that are cut over tensor ranks come in any.
 Each has a canary test that fails when megatron-core no longer needs it.
 """
 
@@ -15,13 +16,17 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import megatron.core.tensor_parallel.mappings as mcore_mappings
 import megatron.core.tensor_parallel.random as mcore_random
 import torch
+import torch.distributed as dist
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
+_gather_equal = mcore_mappings._gather_along_first_dim
+_scatter_equal = mcore_mappings._reduce_scatter_along_first_dim
 
 
 def _names_cuda(device: Any) -> bool:
@@ -74,8 +79,31 @@ def _counts_on_host(dispatcher: Any, point: str, tokens_per_expert: Tensor | Non
     return tokens_per_expert
 
 
+def _gather_parts(
+    part: Tensor, group: dist.ProcessGroup, sizes: list[int] | None = None, use_global_buffer: bool = False
+) -> Tensor:
+    """S6: every rank's rows, one after the other, of `sizes`."""
+    if sizes is None or group.size() == 1:
+        return _gather_equal(part, group, sizes, use_global_buffer)
+    padded = torch.cat([part, part.new_zeros(max(sizes) - len(part), *part.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([one[:size] for one, size in zip(parts, sizes, strict=True)])
+
+
+def _scatter_sum(
+    whole: Tensor, group: dist.ProcessGroup, sizes: list[int] | None = None, use_global_buffer: bool = False
+) -> Tensor:
+    """S6: this rank's rows, of `sizes`, of the sum over ranks."""
+    if sizes is None or group.size() == 1:
+        return _scatter_equal(whole, group, sizes, use_global_buffer)
+    total = whole.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total.split(sizes)[group.rank()].contiguous()
+
+
 def install() -> None:
-    """Put S1, S3, S4 and S5 in place; nothing happens where CUDA exists. May be called again."""
+    """Put S1, S3, S4, S5 and S6 in place; nothing happens where CUDA exists. May be called again."""
     if torch.cuda.is_available():
         return
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
@@ -83,6 +111,8 @@ def install() -> None:
     mcore_random.CudaRNGStatesTracker = CpuRngTracker
     MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = "none"  # or its constructor makes one
     MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = _counts_on_host
+    mcore_mappings._gather_along_first_dim = _gather_parts
+    mcore_mappings._reduce_scatter_along_first_dim = _scatter_sum
     mcore_random._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
     mcore_random._set_cuda_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)
 
