@@ -67,7 +67,7 @@ class Renderer:
             raise SampleError(
                 sample.key,
                 f"its prompt has {total} tokens, {sum(counts)} of them vision tokens, over data.max_prompt_tokens = "
-                f"{self._limit}; raise the limit, or shorten the text or shrink the images",
+                f"{self._limit}; raise the limit, or shorten the text, or shrink the images or videos",
             )
         token_ids = unexpanded
         for kind in (self.spec.image_token_id, self.spec.video_token_id):
@@ -100,7 +100,7 @@ class Renderer:
                 raise SampleError(
                     sample.key,
                     f"its text holds the special token {found.group()!r}, which only the chat template may write; "
-                    f"mark images with {IMAGE_MARK}",
+                    f"mark images with {IMAGE_MARK}, videos with {VIDEO_MARK}",
                 )
         times = tuple(step_times(video, self.spec.vision.temporal_patch_size) for video in sample.videos)
         try:
@@ -123,14 +123,22 @@ class Renderer:
     def _apply_template(self, messages: tuple[Message, ...], images: int, times: Times) -> tuple[int, ...]:
         chat = chat_messages(messages, images, len(times))
         text = self._tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        if times:
+            text = self._place_videos(text, times)
+        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _place_videos(self, text: str, times: Times) -> str:
+        """The text with each video's token replaced by its steps: timestamp and a video token between vision tokens.
+
+        The template's own pair of vision tokens stays around the whole, as Qwen3VLProcessor of transformers 5.19 leaves
+        it. A template that writes more or fewer places than there are videos gives another number of video tokens,
+        which `_unexpanded_ids` sees.
+        """
         start, video, end = self._tokenizer.convert_ids_to_tokens(
             [self.spec.vision_start_token_id, self.spec.video_token_id, self.spec.vision_end_token_id]
         )
-        # The template's own pair of vision tokens stays around the whole, as Qwen3VLProcessor leaves it. A template
-        # that writes more or fewer places than there are videos gives another number of video tokens: seen above.
         texts = iter(["".join(timestamp_text(time) + start + video + end for time in steps) for steps in times])
-        text = re.sub(re.escape(video), lambda place: next(texts, place.group()), text)
-        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return re.sub(re.escape(video), lambda place: next(texts, place.group()), text)
 
     def _process(self, image: Image, key: str) -> tuple[Grid, NDArray[np.float32]]:
         try:
