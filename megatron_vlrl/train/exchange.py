@@ -49,8 +49,9 @@ def share_out(
     for number in range(minibatch.max(initial=-1) + 1):
         inside = minibatch == number
         after[inside] = rebalance(costs[inside], before[inside], data.size)
-        busiest += [loads(costs[inside], owners[inside], data.size).max() for owners in (before, after)]
-        total += float(costs[inside].sum())
+        work = [loads(costs[inside], owners[inside], data.size) for owners in (before, after)]
+        busiest += [of_ranks.max() for of_ranks in work]
+        total += float(work[0].sum())
     leaving = {
         position: rank
         for position, now, rank in zip(positions.tolist(), before.tolist(), after.tolist(), strict=True)
