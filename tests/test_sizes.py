@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch
 from megatron_vlrl.models.qwen3_vl.config import Qwen3VLSpec
 from megatron_vlrl.models.qwen3_vl.names import hf_shapes
 from megatron_vlrl.models.qwen3_vl.sizes import SIZES, module_of, parameter_counts
+from megatron_vlrl.parallel.dims import ParallelDims
 from tests.spawn import run_ranks
 
 if TYPE_CHECKING:
@@ -101,7 +103,6 @@ def stage_counts(name: str, parallel: dict[str, Any]) -> list[dict[str, int]]:
     from megatron_vlrl.backends.megatron.names import EMBEDDING, HEAD, rules
     from megatron_vlrl.backends.megatron.weights import parameters_by_global_name
     from megatron_vlrl.backends.memory import stage_parameters
-    from megatron_vlrl.parallel.dims import ParallelDims
 
     spec, dims = SIZES[name], ParallelDims(**parallel)
     cpu.install()
@@ -127,22 +128,27 @@ LAYOUTS = [
     ("qwen3-vl-4b", {"pipeline": 4}),
     ("qwen3-vl-32b", {"pipeline": 2, "virtual": 2}),
     ("qwen3-vl-2b", {"tensor": 4, "sequence": True}),
+    pytest.param("qwen3-vl-30b-a3b", {"data": 2, "expert": 2}, marks=pytest.mark.slow),
 ]
 
 
 @pytest.mark.parametrize(("name", "parallel"), LAYOUTS)
 def test_stages_of_every_rank_hold_the_model_together(name: str, parallel: dict[str, Any]) -> None:
-    world = parallel.get("tensor", 1) * parallel.get("pipeline", 1)
-    results = run_ranks(stage_counts, world, name, parallel)
+    spec, dims = SIZES[name], ParallelDims(**parallel)
+    results = run_ranks(stage_counts, dims.world, name, parallel)
     for _, totals in results:
         assert totals["built"] == totals["predicted"]
     together: Counter[str] = Counter()
     for held, _ in results:
         together.update(held)
-    spec, tensor = SIZES[name], parallel.get("tensor", 1)
     expected = parameter_counts(spec)
-    copies = 2 if spec.tied_embeddings and parallel.get("pipeline", 1) > 1 else 1
-    assert together["embedding"] == copies * expected["embedding"]
-    assert together["head"] == expected["head"]
-    assert together["mergers"] == tensor * expected["mergers"]  # each rank of a tensor group has them whole
+    copies = 2 if spec.tied_embeddings and dims.pipeline > 1 else 1
+    assert together["embedding"] == copies * dims.data * expected["embedding"]
+    assert together["head"] == dims.data * expected["head"]
+    assert together["mergers"] == dims.tensor * dims.data * expected["mergers"]  # whole on each rank of a tensor group
+    if spec.text.experts:
+        experts = sum(math.prod(shape) for parameter, shape in hf_shapes(spec).items() if ".experts." in parameter)
+        expected["layers"] += (dims.data // dims.expert - 1) * experts + (dims.data - 1) * (
+            expected["layers"] - experts
+        )
     assert expected["layers"] <= together["layers"] <= expected["layers"] * 1.001  # norms are on each rank
