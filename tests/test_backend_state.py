@@ -5,8 +5,9 @@ Shards are compared with what the saving ranks held, cut anew by the name table;
 
 from __future__ import annotations
 
+import functools
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from megatron_vlrl.backends.megatron.names import EMBEDDING, HEAD, rules
 from megatron_vlrl.backends.megatron.optimizer import parts_of
 from megatron_vlrl.backends.protocol import TokenReport
 from megatron_vlrl.config.schema import OptimizerConfig
+from megatron_vlrl.errors import CheckpointError
 from megatron_vlrl.models.qwen3_vl.config import Qwen3VLSpec
 from megatron_vlrl.models.qwen3_vl.names import hf_shapes
 from megatron_vlrl.packing import Microbatch, pack
@@ -38,6 +40,7 @@ KINDS = ("", " exp_avg", " exp_avg_sq")
 Layout = Mapping[str, Any]
 # (first element held, values) of a flattened local shard, by name and kind
 Slices = dict[str, tuple[int, Tensor]]
+Saved = tuple[Path, list[dict[str, Any]]]
 
 
 def make(folder: Path, layout: Layout) -> MegatronBackend:
@@ -191,20 +194,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def saved(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[dict[str, Any]]]]:
-    """Case -> (checkpoint, what each of the saving ranks held)."""
-    results = {}
-    for name, (layout, _) in CASES.items():
-        target = tmp_path_factory.mktemp("checkpoint")
-        results[name] = (target, run_ranks(train_and_save, world_of(layout), folder, target, layout))
-    return results
+def saved(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Saved]:
+    """Case -> (checkpoint, what each of the saving ranks held); each made once."""
+
+    @functools.cache
+    def get(case: str) -> Saved:
+        target, layout = tmp_path_factory.mktemp("checkpoint"), CASES[case][0]
+        return target, run_ranks(train_and_save, world_of(layout), folder, target, layout)
+
+    return get
 
 
-@pytest.mark.parametrize(("case", "name"), [(case, name) for case, (_, others) in CASES.items() for name in others])
-def test_every_shard_comes_back(
-    case: str, name: str, folder: Path, saved: dict[str, tuple[Path, list[dict[str, Any]]]]
-) -> None:
-    target, ranks = saved[case]
+FAST = {("plain at tp2", "tp2"), ("plain at tp2", "vpp2"), ("distributed at dp2", "dp2"), ("distributed at dp2", "dp1")}
+
+
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [
+        pytest.param(case, name, marks=() if (case, name) in FAST else pytest.mark.slow)
+        for case, (_, others) in CASES.items()
+        for name in others
+    ],
+)
+def test_every_shard_comes_back(case: str, name: str, folder: Path, saved: Callable[[str], Saved]) -> None:
+    target, ranks = saved(case)
     origin, layout = CASES[case][0], CASES[case][1][name]
     dense = whole_tensors(folder, ranks)
     settings = {key: value for rank in ranks for key, value in rank["settings"].items()}
@@ -228,3 +241,37 @@ def test_every_shard_comes_back(
             assert rank["draws"] == ranks[number]["draws"]
             assert rank["loss"] == ranks[number]["loss"]
     assert seen == set(dense)
+
+
+def load_as_another_kind(folder: Path, target: Path) -> str:
+    backend = make(folder, {"data": 2})
+    before = {name: parameter.clone() for name, parameter in backend.weights.parameters.items()}
+    with pytest.raises(CheckpointError) as caught:
+        backend.load(target)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in backend.weights.parameters.items())
+    backend.close()
+    return str(caught.value)
+
+
+def test_the_other_kind_of_optimizer_is_refused(folder: Path, saved: Callable[[str], Saved]) -> None:
+    for message in run_ranks(load_as_another_kind, 2, folder, saved("distributed at dp2")[0]):
+        assert "saved with optimizer.distributed=True" in message
+        assert "set it so" in message
+
+
+def save_before_the_first_update(folder: Path, target: Path) -> list[float]:
+    layout = {"distributed": True}
+    backend = make(folder, layout)
+    backend.save(target)
+    losses = [step(folder, backend) for _ in range(2)]
+    backend.close()
+    backend = make(folder, layout)
+    backend.load(target)
+    losses += [step(folder, backend) for _ in range(2)]
+    backend.close()
+    return losses
+
+
+def test_a_run_without_an_update_can_be_resumed(folder: Path, tmp_path: Path) -> None:
+    (losses,) = run_ranks(save_before_the_first_update, 1, folder, tmp_path)
+    assert losses[:2] == losses[2:]

@@ -7,7 +7,6 @@ Here the step lies in the parameter group, where Apex has it, and one code path 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import megatron.core.optimizer as mcore_optimizer
@@ -34,9 +33,8 @@ class FusedAdam(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # gradients are there already
         """Update every parameter that has a gradient; each group counts a step, with or without parameters here."""
-        assert closure is None, "megatron-core computes gradients beforehand"
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             states = [self._state_of(parameter) for parameter in parameters]

@@ -141,7 +141,8 @@ class MegatronBackend:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums, maxima = self._total(self._run(microbatches, loss, forward_only=False))
-        norm, skipped = math.nan, "non-finite loss"
+        norm = math.nan
+        skipped: str | None = "non-finite loss"
         if math.isfinite(sums["loss"]):
             with cpu.on_device():
                 norm, updated = apply_update(self.optimizer, lr, self.options.optimizer.clip_norm)
