@@ -34,6 +34,7 @@ from tests.reference import (
     renderer_and_sampling,
     token_loss,
 )
+from tests.run_folder import Inputs, differences, inputs, records, run, train, write_config  # noqa: F401
 from tests.spawn import run_ranks
 from tests.spec import SPEC
 from tests.tiny import make_tiny
@@ -223,6 +224,26 @@ def test_experts_are_frozen_by_their_hugging_face_name(folder: Path) -> None:
     assert first == {name.format(0), name.format(1)}
     assert second == {name.format(2), name.format(3)}
     assert count > 50
+
+
+@pytest.mark.slow
+def test_a_run_with_shared_experts_is_the_run_of_one_process(
+    transposed: Path,
+    inputs: Inputs,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    steps = []
+    for name, layout in (("alone", []), ("shared", ["parallel.data=2", "parallel.expert=2"])):
+        config = write_config(tmp_path / name / "run.yaml", inputs, model={"path": str(transposed)})
+        run(train(config, *layout), 2 if layout else 1, tmp_path / name / "out").ok()
+        steps.append(records(tmp_path / name / "run"))
+        assert load_file(tmp_path / name / "run/hf/model.safetensors").keys() == set(HFWeights(transposed).names)
+    for one, other in zip(*steps, strict=True):
+        # The engine's experts are transformers' own, those of the update megatron-core's.
+        assert max(step.pop("mismatch_max") for step in (one, other)) < 1e-4
+        both = {key: value for key, value in one.items() if not key.startswith("balance/")}
+        assert one["grad_norm"] > 0.1
+        assert not differences(both, {key: other[key] for key in both}, relative=1e-4, absolute=1e-6)
 
 
 def without_the_shim(folder: Path) -> str:

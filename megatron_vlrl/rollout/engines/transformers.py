@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, Qwen3VLForConditionalGeneration
+from transformers import AttentionInterface, AutoModelForImageTextToText, Qwen3VLForConditionalGeneration
 from transformers.utils.logging import disable_progress_bar
 
 from megatron_vlrl.errors import ModelError, RolloutError
 from megatron_vlrl.models.qwen3_vl.config import Qwen3VLSpec
+from megatron_vlrl.models.qwen3_vl.names import EXPERTS
 from megatron_vlrl.rollout.engines.decoding import Responses, grouped_query_attention, respond
 from megatron_vlrl.rollout.sampling import check_sampling
 from megatron_vlrl.types import Prompt, Rollout, RolloutGroup, Sampling
@@ -65,6 +66,8 @@ class TransformersEngine:
                 mine = waiting.pop(name, None)
                 if mine is None:
                     faults.append(f"{name} is extra or came twice")
+                elif name.endswith(EXPERTS) and mine.shape == weight.mT.shape:
+                    mine.copy_(weight.mT)  # as the published folders hold experts
                 elif mine.shape != weight.shape:
                     faults.append(f"{name} is {list(weight.shape)}, not {list(mine.shape)}")
                 else:
@@ -106,7 +109,7 @@ def _load(folder: Path, dtype: str) -> Qwen3VLForConditionalGeneration:
     """The folder's model in evaluation mode, without gradients."""
     AttentionInterface.register(ATTENTION, grouped_query_attention)
     disable_progress_bar()  # one a rank, over the run's own
-    model, found = Qwen3VLForConditionalGeneration.from_pretrained(
+    model, found = AutoModelForImageTextToText.from_pretrained(
         folder,
         dtype=getattr(torch, dtype),
         attn_implementation={"text_config": ATTENTION, "vision_config": "sdpa"},
