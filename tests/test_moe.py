@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from megatron_vlrl.backends import build_backend
@@ -264,6 +265,30 @@ def without_the_shim(folder: Path) -> str:
 def test_megatron_cores_dispatcher_still_needs_its_shim(folder: Path) -> None:
     (said,) = run_ranks(without_the_shim, 1, folder)
     assert "torch.cuda.Stream" in said, "take S5 out of cpu.py"
+
+
+def gathered_parts() -> tuple[str, torch.Tensor, torch.Tensor]:
+    """What gloo says of parts that differ in size, and what S6 makes of them: all rows, and this rank's of a sum."""
+    rank, sizes = dist.get_rank(), [3, 1]
+    part = torch.full((sizes[rank], 2), float(rank + 1))
+    said = "nothing"
+    try:
+        dist.all_gather([torch.empty(size, 2) for size in sizes], part)
+    except RuntimeError as error:
+        said = str(error)
+    group = dist.group.WORLD
+    assert group is not None
+    whole = cpu._gather_parts(part, group, sizes)
+    return said, whole, cpu._scatter_sum(whole + torch.arange(4.0)[:, None], group, sizes)
+
+
+def test_gloo_still_needs_parts_of_one_size() -> None:
+    rows = torch.tensor([1.0, 1, 1, 2])[:, None].expand(4, 2)
+    sums = 2 * (rows + torch.arange(4.0)[:, None])
+    for (said, whole, mine), expected in zip(run_ranks(gathered_parts, 2), sums.split([3, 1]), strict=True):
+        assert "invalid tensor size" in said, "take S6 out of cpu.py"
+        assert torch.equal(whole, rows)
+        assert torch.equal(mine, expected)
 
 
 def test_names_and_shapes_are_those_of_the_folder(folder: Path) -> None:

@@ -1,4 +1,7 @@
-"""What megatron-core does on a CPU without each of the four shims, so that we learn when one is no longer needed."""
+"""What megatron-core does on a CPU without each shim, so that we learn when one is no longer needed.
+
+S5 and S6 are about experts: tests/test_moe.py.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor
 
 from megatron_vlrl.backends.megatron import cpu
@@ -23,6 +27,8 @@ CHANGED = {
     "S1": [(torch.cuda, "current_device")],
     "S3": [(cpu.mcore_random, name) for name in TRACKER],
     "S4": [(torch.cuda, "synchronize")],
+    "S5": [(MoEAlltoAllTokenDispatcher, name) for name in ("cuda_dtoh_stream", "_maybe_dtoh_and_synchronize")],
+    "S6": [(cpu.mcore_mappings, name) for name in ("_gather_along_first_dim", "_reduce_scatter_along_first_dim")],
 }
 
 
