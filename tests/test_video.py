@@ -39,6 +39,7 @@ CASES = {
     "one video": with_videos(clip()),
     "odd number of frames, uneven times": with_videos(clip((0.0, 0.4, 1.1, 1.5, 2.25))),
     "sizes that need resizing": with_videos(clip(size=(50, 70)), clip((0.3, 7.0), size=(300, 200))),
+    "many frames, whose size a cap per frame would change": with_videos(clip(range(17), size=(245, 64))),
     "image and video": with_videos(clip(), images=1),
     "marks in the text": with_videos(clip(), text="After <video> and <image>, <image> \n what?", images=2),
     "image marked, video not": with_videos(clip(), text="Compare <image>.", images=1),
