@@ -38,7 +38,11 @@ class Overlap:
             chunk.start_param_sync(force_sync=True)
 
     def start_rest(self) -> None:
-        """Start what the backward pass did not complete; megatron-core may then wait for all."""
+        """Start what the backward pass did not complete; megatron-core may then wait for all.
+
+        Before the weights change, modules that took no part in the step get the last update's, too.
+        """
+        self.wait_for_parameters()
         for bucket in self._buckets[self._started :]:
             bucket.start_grad_sync()
         self._begin()
