@@ -20,6 +20,8 @@ from tests.spawn import run_ranks
 from tests.spec import SPEC
 from tests.tiny import make_tiny
 
+WIDTHS = {"float32": 4, "bfloat16": 2}
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -54,12 +56,13 @@ def microbatch(renderer: Any, lengths: list[int], count: int, multiple: int) -> 
     return batch.with_targets(targets), row
 
 
-def measure(folder: Path, parallel: dict[str, Any], lengths: list[int], count: int) -> tuple[float, float]:
+def measure(folder: Path, parallel: dict[str, Any], dtype: str, lengths: list[int], count: int) -> tuple[float, float]:
     """(bytes that autograd held at its peak in a real step of this rank, bytes as planned)."""
     from megatron_vlrl.backends import build_backend
 
     renderer, sampling = renderer_and_sampling(folder)
-    backend = build_backend(backend_options(folder, sampling, **parallel))
+    options = backend_options(folder, sampling, **parallel)
+    backend = build_backend(replace(options, model=replace(options.model, dtype=dtype)))
     dims = backend.groups.dims
     batch, row = microbatch(renderer, lengths, count, dims.tensor)
     assert 0 <= len(batch.input_ids) - row.tokens < dims.tensor
@@ -73,7 +76,7 @@ def measure(folder: Path, parallel: dict[str, Any], lengths: list[int], count: i
         backend.spec,
         row,
         dims,
-        width=4,
+        WIDTHS[dtype],
         stage=backend.groups.pipeline.rank,
         recompute=parallel.get("recompute", "none"),
         recompute_vision=parallel.get("recompute_vision", False),
@@ -83,32 +86,37 @@ def measure(folder: Path, parallel: dict[str, Any], lengths: list[int], count: i
 
 
 SHAPES = {"short": ([11, 11], 1), "long": ([40] * 4, 2)}
-ONE_RANK = [({"recompute": mode}, shape) for mode in ("none", "selective", "full") for shape in SHAPES]
-TWO_RANKS = [
-    ({"tensor": 2}, "long"),
-    ({"tensor": 2, "sequence": False}, "long"),
-    ({"pipeline": 2}, "long"),
-    ({"pipeline": 2, "recompute": "full"}, "long"),
+MODES = ("none", "selective", "full")
+Case = tuple[dict[str, Any], str, str]
+ONE_RANK: list[Case] = [
+    *(({"recompute": mode}, "float32", shape) for mode in MODES for shape in SHAPES),
+    *(({"recompute": mode}, "bfloat16", "long") for mode in MODES),
 ]
-Case = tuple[dict[str, Any], str]
+TWO_RANKS: list[Case] = [
+    ({"tensor": 2}, "float32", "long"),
+    ({"tensor": 2}, "bfloat16", "long"),
+    ({"tensor": 2, "sequence": False}, "float32", "long"),
+    ({"pipeline": 2}, "float32", "long"),
+    ({"pipeline": 2, "recompute": "full"}, "float32", "long"),
+]
 
 
 def measure_all(folder: Path, cases: list[Case]) -> list[tuple[float, float]]:
     """`measure` of each case: processes are started once."""
-    return [measure(folder, parallel, *SHAPES[shape]) for parallel, shape in cases]
+    return [measure(folder, parallel, dtype, *SHAPES[shape]) for parallel, dtype, shape in cases]
 
 
 @pytest.mark.parametrize(
     ("kind", "ranks", "cases"),
-    [("dense", 1, ONE_RANK), ("moe", 1, ONE_RANK), ("dense", 2, TWO_RANKS), ("moe", 2, TWO_RANKS[:1])],
+    [("dense", 1, ONE_RANK), ("moe", 1, ONE_RANK), ("dense", 2, TWO_RANKS), ("moe", 2, TWO_RANKS[:2])],
     ids=["dense", "moe", "dense on two ranks", "moe on two ranks"],
 )
 def test_activations(kind: str, ranks: int, cases: list[Case], folders: dict[str, Path]) -> None:
     results = run_ranks(measure_all, ranks, folders[kind], cases)
     wrong = {}
     for rank, result in enumerate(results):
-        for (parallel, shape), (measured, planned) in zip(cases, result, strict=True):
-            name = f"{kind} {parallel} {shape}, rank {rank}"
+        for (parallel, dtype, shape), (measured, planned) in zip(cases, result, strict=True):
+            name = f"{kind} {parallel} {dtype} {shape}, rank {rank}"
             print(f"{name}: {measured} bytes, planned {planned / measured:.3f} of it")
             if planned != pytest.approx(measured, rel=0.1):
                 wrong[name] = (measured, planned)
@@ -168,9 +176,8 @@ def held(folder: Path, parallel: dict[str, Any], dtype: str, distributed: bool) 
     batch, row = microbatch(renderer, [11, 11], 1, dims.tensor)
     backend.train_step([batch] * dims.pipeline, token_loss, lr=1e-3)
     parameters = list(backend.weights.parameters.values())
-    width = 2 if dtype == "bfloat16" else 4
     planned = rank_memory(
-        backend.spec, dims, row, Training(width=width, distributed=distributed), backend.groups.pipeline.rank
+        backend.spec, dims, row, Training(width=WIDTHS[dtype], distributed=distributed), backend.groups.pipeline.rank
     )
     optimizer = 0
     for part in getattr(backend.optimizer, "chained_optimizers", [backend.optimizer]):

@@ -1,8 +1,8 @@
 """What a packed row keeps for its backward pass, in bytes of one rank; torch-free.
 
 In: the model, the degrees and the lengths of a row. Out: bytes that autograd holds on a pipeline stage. The sums count
-what the `local` layers keep (backends/megatron/layers.py), tensor by tensor; tests compare them with a real step. The
-norms' normalised rows are among it: the CPU keeps them, CUDA's fused norm does not.
+what the `local` layers keep (backends/megatron/layers.py), tensor by tensor, on the CPU; tests compare them with a real
+step. CUDA's fused norm keeps less: no normalised rows, and none in float32.
 
 T packed tokens, D hidden size, A queries' width, K keys' width, F feed-forward width, Q patches, W vision width.
 """
@@ -53,12 +53,13 @@ class Row:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kept:
     """Bytes of one layer: `whole` without recompute; `core`, the part inside attention; `feed_forward`, the part after
-    it; `entry`, its input."""
+    it; `entry`, its input; `again`, what is added to a kept `entry` while the layer is computed again."""
 
     whole: float
     core: float
     feed_forward: float
     entry: float
+    again: float
 
 
 def stage_of(layer: int, layers: int, dims: ParallelDims) -> int:
@@ -72,15 +73,18 @@ def text_layer(text: TextSpec, row: Row, dims: ParallelDims, width: int, *, mixt
     tokens, hidden = row.tokens, text.hidden_size
     queries, keys = text.heads * text.head_dim, text.kv_heads * text.head_dim
     entry = tokens * hidden * width / _sequence(dims)
-    streams = 6 * entry  # of each of two norms: input, normalised, output
-    projections = tokens * (queries + 2 * keys) + tokens * (queries + keys) + tokens * queries
-    rotary = 4 * tokens * text.head_dim  # cosine and sine, for queries and for keys
-    norms = tokens * _FLOAT * (2 / _sequence(dims) + (text.heads + text.kv_heads) / dims.tensor)
+    # A norm works on float32 rows, and keeps them and the normalised ones; float32 rows of a stream are not copied.
+    norms = 2 * tokens * (2 * hidden * _FLOAT + hidden * width + _FLOAT) / _sequence(dims)
+    head_norms = tokens * (2 * queries + keys + text.heads + text.kv_heads) * _FLOAT
+    # Keys are part of the projection, which is kept with them; converted to float32 they stand alone.
+    head_norms += tokens * (queries + 2 * keys if width == _FLOAT else keys) * _FLOAT
     core = _core(text, row, dims, width)
-    attention = (projections + tokens * queries) / dims.tensor * width + rotary * width + core
+    rotary = 4 * tokens * text.head_dim * width  # cosine and sine, for queries and for keys
+    attention = (head_norms + tokens * queries * width) / dims.tensor + rotary + core
     feed_forward = (_experts if mixture else _mlp)(text, row, dims, width)
-    whole = streams + norms + attention + feed_forward
-    return Kept(whole=whole, core=core, feed_forward=feed_forward, entry=entry)
+    whole = norms + attention + feed_forward
+    again = whole - entry if width == _FLOAT else whole
+    return Kept(whole=whole, core=core, feed_forward=feed_forward, entry=entry, again=again)
 
 
 def _mlp(text: TextSpec, row: Row, dims: ParallelDims, width: int) -> float:
@@ -121,7 +125,9 @@ def text_layers(
         )
     if recompute == "selective":
         queries, keys = text.heads * text.head_dim, text.kv_heads * text.head_dim
-        inputs = row.tokens * (queries + keys) / dims.tensor * width  # values are part of the projection
+        # Values are part of the projection, which a norm of float32 keys keeps already.
+        projection = 0 if width == _FLOAT else queries + 2 * keys
+        inputs = row.tokens * (queries + keys + projection) / dims.tensor * width
         again = max(layer.core - layer.feed_forward for layer in layers)
         return sum(layer.whole - layer.core + inputs for layer in layers), max(0.0, again)
     return sum(layer.whole for layer in layers), 0.0
@@ -166,7 +172,7 @@ def stage_activations(
     kept, again = text_layers(spec, row, dims, width, recompute, stage)
     head = 0.0
     if stage == dims.pipeline - 1:
-        norm = 2 * row.tokens * spec.text.hidden_size * width / _sequence(dims)
+        norm = 2 * row.tokens * spec.text.hidden_size * _FLOAT / _sequence(dims)
         head = norm + row.logit_rows * spec.text.hidden_size * width
     text = in_flight * kept + max(head, again)
     if stage > 0 or not row.image:
