@@ -17,7 +17,7 @@ from megatron_vlrl.backends.layout import check_layout
 from megatron_vlrl.backends.megatron import cpu
 from megatron_vlrl.backends.megatron import weights as weights_module
 from megatron_vlrl.backends.megatron.names import rules
-from megatron_vlrl.config.schema import ModelConfig, OptimizerConfig
+from megatron_vlrl.config.schema import ModelConfig
 from megatron_vlrl.errors import ConfigError, ModelError
 from megatron_vlrl.models.hf_files import HFWeights
 from megatron_vlrl.models.qwen3_vl.config import Qwen3VLSpec
@@ -143,6 +143,7 @@ def transposed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+@pytest.mark.layouts
 @pytest.mark.parametrize("name", [*LAYOUTS, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)])
 def test_layout_equals_transformers(name: str, folder: Path, transposed: Path) -> None:
     parallel = (LAYOUTS | LARGE)[name]
@@ -170,7 +171,7 @@ def updated(folder: Path, target: Path, first: dict[str, Any], second: dict[str,
     renderer, sampling = renderer_and_sampling(folder)
     reference = Reference(**torch.load(folder / "reference.pt", weights_only=True))
     options = backend_options(folder, sampling, **(second or first))
-    backend = build_backend(replace(options, optimizer=OptimizerConfig(lr=1e-3, clip_norm=0.1)))
+    backend = build_backend(replace(options, optimizer=replace(options.optimizer, clip_norm=0.1)))
     batches = make_microbatches(make_groups(renderer), reference, cuts_of(backend), backend.groups.tensor.size)
     if second:
         backend.load(target)
@@ -190,18 +191,27 @@ def updated(folder: Path, target: Path, first: dict[str, Any], second: dict[str,
     return result
 
 
-def test_a_checkpoint_goes_on_at_another_layout(folder: Path, tmp_path: Path) -> None:
-    shared = run_ranks(updated, 2, folder, tmp_path, LAYOUTS["dp2 ep2"], {}, timeout=60)[0]
-    for name in ("dp2", "tp2 sp"):
-        other = run_ranks(updated, 2, folder, tmp_path, {}, LAYOUTS[name], timeout=60)[0]
-        for tensor, weight in shared["saved"].items():
-            assert torch.equal(other["saved"][tensor], weight), tensor
-        assert other["norm"] == pytest.approx(shared["norm"], rel=1e-4)
-        # Adam's step is the same only if its moments came along: it would be lr in every element without them.
-        moved = torch.cat([(shared["after"][n] - w).flatten() for n, w in shared["saved"].items()])
-        moved_too = torch.cat([(other["after"][n] - w).flatten() for n, w in shared["saved"].items()])
-        assert relative(moved_too, moved) < 1e-2
-        assert moved.norm() > 0
+@pytest.mark.parametrize(
+    ("saving", "loading"),
+    [
+        ("dp2 ep2", "tp2 sp"),
+        pytest.param("dp2 ep2", "dp2", marks=pytest.mark.slow),
+        pytest.param("dp4 ep2, distributed", "tp2 sp dp2 ep2, recompute full", marks=pytest.mark.slow),
+    ],
+)
+def test_a_checkpoint_goes_on_at_another_layout(saving: str, loading: str, folder: Path, tmp_path: Path) -> None:
+    first, second = (LAYOUTS | LARGE)[saving], (LAYOUTS | LARGE)[loading]
+    second = {**second, "distributed": first.get("distributed", False)}
+    shared = run_ranks(updated, world(first), folder, tmp_path, first, {}, timeout=60)[0]
+    other = run_ranks(updated, world(second), folder, tmp_path, {}, second, timeout=60)[0]
+    for tensor, weight in shared["saved"].items():
+        assert torch.equal(other["saved"][tensor], weight), tensor
+    assert other["norm"] == pytest.approx(shared["norm"], rel=1e-4)
+    # Adam's step is the same only if its moments came along: it would be lr in every element without them.
+    moved = torch.cat([(shared["after"][n] - w).flatten() for n, w in shared["saved"].items()])
+    moved_too = torch.cat([(other["after"][n] - w).flatten() for n, w in shared["saved"].items()])
+    assert relative(moved_too, moved) < 1e-2
+    assert moved.norm() > 0
 
 
 def frozen(folder: Path) -> tuple[set[str], int]:
