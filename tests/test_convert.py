@@ -121,10 +121,10 @@ def layout_on_disk(folder: Path) -> dict[str, tuple[object, ...]]:
 @pytest.mark.parametrize(
     ("model", "parallel"),
     [
-        ("tied", {"tensor": 2, "pipeline": 2}),
-        ("untied", {"tensor": 2, "pipeline": 2}),
+        pytest.param("tied", {"tensor": 2, "pipeline": 2}, marks=pytest.mark.slow),
+        pytest.param("untied", {"tensor": 2, "pipeline": 2}, marks=pytest.mark.slow),
         ("experts", {"tensor": 2, "data": 2, "expert": 2, "sequence": True}),
-        ("experts alike", {"tensor": 2, "data": 2, "expert": 2, "sequence": True}),
+        pytest.param("experts alike", {"tensor": 2, "data": 2, "expert": 2, "sequence": True}, marks=pytest.mark.slow),
     ],
 )
 def test_the_blocks_are_those_that_the_ranks_save_themselves(model, parallel, models, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vlrl.models.hf_files import HFWeights
-from tests.synthetic import make_synthetic
+from tools.synthetic_model import make_synthetic
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,9 @@ import secrets
 import shutil
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,6 +34,7 @@ from megatron_vlrl.models.qwen3_vl.names import as_stored, hf_shapes
 from megatron_vlrl.parallel.dims import ParallelDims
 
 SETTINGS_FOLDER, INFOS_FILE = "hf", "weights.json"
+_HASHERS = 4  # threads; files are hashed side by side
 _LISTED = 5  # tensors named in an error
 
 
@@ -117,12 +120,14 @@ def _finish(folder: Path, dims: ParallelDims) -> None:
     names = list_files(folder)
     for name in names:
         flush(folder / name)
-    files = {name: describe_file(folder, name) for name in names}
+    with ThreadPoolExecutor(_HASHERS) as pool:
+        files = dict(zip(names, pool.map(partial(describe_file, folder), names), strict=True))
     Manifest(step=0, sequence=1, layout=asdict(dims), files=files).write(folder)
     flush_folders(folder)
 
 
 def _problems(checkpoint: Path) -> list[str]:
     files = Manifest.read(checkpoint).files
-    found = (check_file(checkpoint, name, record) for name, record in files.items())
-    return [problem for problem in found if problem]
+    with ThreadPoolExecutor(_HASHERS) as pool:
+        found = pool.map(partial(check_file, checkpoint), files.keys(), files.values())
+        return [problem for problem in found if problem]

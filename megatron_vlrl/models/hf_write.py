@@ -47,9 +47,9 @@ def write_safetensors(
             files.append(file)
             places |= {name: _Place(number, start) for name, start in _begin(file, group, expected).items()}
         for name, tensor in weights:
-            file = files[places[name].file]
-            file.seek(places[name].start)
-            file.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+            target = files[places[name].file]
+            target.seek(places[name].start)
+            target.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     if len(groups) > 1:
         total = sum(_bytes(info) for info in expected.values())
         placed = {name: names[place.file] for name, place in sorted(places.items())}

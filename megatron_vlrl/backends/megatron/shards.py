@@ -135,8 +135,7 @@ def _blocks(parameter: StoredParameter, weights: HFWeights, ranks: int) -> Itera
         parts = local.chunk(2) if _is_gated(parameter.rule.layout) else (local,)
         for number, part in enumerate(parts):
             inner = (number * (parameter.shape[0] // len(parts)) + cut[0] // len(parts), *cut[1:])
-            # torch.save writes the whole memory behind a tensor: a block needs its own.
-            yield rank, inner, part.clone(memory_format=torch.contiguous_format)
+            yield rank, inner, part.contiguous()
 
 
 def _is_gated(layout: Layout) -> bool:
@@ -156,6 +155,8 @@ def _first_rank(parameter: StoredParameter, spec: Qwen3VLSpec, dims: ParallelDim
 
 def _append(file: BinaryIO, block: Tensor) -> tuple[int, int]:
     """(start, length) of what was written."""
+    # torch.save writes the whole memory behind a tensor: here, that of the block alone.
+    alone = torch.frombuffer(block.view(-1).view(torch.uint8).numpy(), dtype=block.dtype).view(block.shape)
     start = file.tell()
-    torch.save(block, file)
+    torch.save(alone, file)
     return start, file.tell() - start

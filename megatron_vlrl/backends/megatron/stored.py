@@ -10,7 +10,7 @@ import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -110,7 +110,7 @@ class StoredWeights:
 
     def _block(self, place: _StorageInfo) -> Tensor:
         with (self.folder / place.relative_path).open("rb") as file:
-            block: Tensor = torch.load(_Part(file, place), map_location="cpu", weights_only=True)
+            block: Tensor = torch.load(cast(BinaryIO, _Part(file, place)), map_location="cpu", weights_only=True)
         return block
 
 

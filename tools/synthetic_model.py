@@ -1,4 +1,4 @@
-"""A Qwen3-VL cut down in depth, with random bfloat16 weights in several files, for measuring; it cannot see or speak."""
+"""A Qwen3-VL cut down in depth, with random bfloat16 weights in several files: to measure with, not to speak."""
 
 from __future__ import annotations
 
