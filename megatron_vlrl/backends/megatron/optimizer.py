@@ -108,10 +108,10 @@ def build_optimizer(
         overlap_param_gather=config.distributed and overlap,
     )
     optimizer = get_megatron_optimizer(options, list(wrapped), config_overrides=overrides)
-    with warnings.catch_warnings():
-        # torch warns once a process of the distributed optimizer's shards, which are views of the weights on purpose.
-        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-        optimizer.zero_grad()
+    if config.distributed:
+        # Its shards are views of the weights on purpose; torch warns of that on every rank.
+        text = r"The \.grad attribute of a Tensor that is not a leaf"
+        warnings.filterwarnings("ignore", message=text, module="megatron.core.optimizer")
     for group in optimizer.param_groups:
         group["weight_decay"] = config.weight_decay * group["wd_mult"]
     for part in parts_of(optimizer):

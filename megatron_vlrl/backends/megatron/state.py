@@ -137,7 +137,11 @@ def _shards(chunks: Sequence[Qwen3VLStage], optimizer: MegatronOptimizer, *, loa
     for part in parts_of(optimizer):
         if isinstance(part, DistributedOptimizer):
             part.get_parameter_state_dp_zero = partial(_padded_state, part)
-    return {**models, "optimizer": optimizer.sharded_state_dict(models, is_loading=loading, metadata=_FORMAT)}
+    moments = optimizer.sharded_state_dict(models, is_loading=loading, metadata=_FORMAT)
+    for part in (moments, *moments.values()):
+        if isinstance(part, dict) and part.get("param_state", 0) is None:
+            del part["param_state"]  # a data rank that saves none; megatron-core would warn that ranks differ
+    return {**models, "optimizer": moments}
 
 
 def _padded_state(part: DistributedOptimizer, **options: Any) -> dict[Any, Any] | None:
