@@ -158,6 +158,7 @@ def test_a_finished_run_that_is_started_again_changes_nothing(killed, tmp_path):
     assert table[0].startswith("task ")
 
 
+@pytest.mark.slow
 def test_without_resume_a_run_starts_anew_over_an_old_one(inputs, tmp_path):  # noqa: F811
     config = write_config(tmp_path / "run.yaml", inputs, train={"steps": 2}, checkpoint={"every": 1})
     run(train(config), 1, tmp_path / "out").ok()
@@ -167,6 +168,7 @@ def test_without_resume_a_run_starts_anew_over_an_old_one(inputs, tmp_path):  # 
     assert differences(records(tmp_path / "run")[0], first[0], relative=0, absolute=0) == {}
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_when_more_steps_are_asked_for(inputs, tmp_path):  # noqa: F811
     constant = {"lr": 1.0e-3, "decay": "constant"}  # a decay would depend on the number of steps
     config = write_config(tmp_path / "run.yaml", inputs, run={"folder": str(tmp_path / "run")}, optimizer=constant)
