@@ -171,14 +171,9 @@ class Run:
         return {key: why for part in gather_objects(self.loader.bad, self.groups.data) for key, why in part.items()}
 
     def _learning_rate(self) -> float:
-        optimizer = self.config.optimizer
+        o, steps = self.config.optimizer, self.config.train.steps
         return learning_rate(
-            self.done,
-            base=optimizer.lr,
-            steps=self.config.train.steps,
-            warmup=optimizer.warmup_steps,
-            decay=optimizer.decay,
-            final_ratio=optimizer.final_ratio,
+            self.done, base=o.lr, steps=steps, warmup=o.warmup_steps, decay=o.decay, final_ratio=o.final_ratio
         )
 
     def _held_out(self) -> list[Prompt]:

@@ -122,7 +122,9 @@ def test_a_kill_before_any_file_operation_leaves_a_whole_checkpoint(tmp_path, st
 def test_find_gives_what_was_saved_last(tmp_path):
     assert make_store(tmp_path / "none").find("auto") is None
     store = save(tmp_path, 1, 5)
-    assert store.find("never") is None
+    assert make_store(tmp_path / "none").find("never") is None
+    with pytest.raises(ConfigError, match=r"run\.resume=never.*step-00000005.*run\.resume=auto"):
+        store.find("never")
     assert store.find("auto") == tmp_path / "step-00000005"
     assert store.find(str(tmp_path / "step-00000001")) == tmp_path / "step-00000001"
     assert (tmp_path / "latest").read_text() == "step-00000005\n"

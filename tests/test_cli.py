@@ -88,15 +88,14 @@ def test_train_gives_the_loop_its_settings_and_prints_what_it_returns(finished, 
     assert (code, out) == (0, "3 steps\n")
 
 
-def test_evaluate_takes_a_folder_and_shards_without_a_file(finished, tmp_path):
-    body = "def evaluate_model(config): return f'{config.model.path} {config.evaluate.data} {config.evaluate.per_task}'"
-    argv = ["evaluate", "--model", "m", "--data", "a=b", "evaluate.per_task=5", f"run.folder={tmp_path}"]
-    assert finished(argv, body)[:2] == (0, "m a=b 5\n")
+def test_evaluate_needs_a_model_and_data(capsys):
+    assert main(["evaluate", "--model", "m"]) == 2
+    assert "evaluate.data" in capsys.readouterr().err
 
 
-def test_convert_names_both_ends(finished):
-    argv = ["convert", "--from", "a", "--to-hf", "b"]
-    assert finished(argv, "def convert(checkpoint, out): print(checkpoint, out)")[:2] == (0, "a b\n")
+def test_convert_wants_a_checkpoint_in_its_run(capsys, tmp_path):
+    assert main(["convert", "--from", str(tmp_path / "checkpoints" / "step-1"), "--to-hf", str(tmp_path / "hf")]) == 2
+    assert f"{tmp_path / 'config.yaml'} does not exist" in capsys.readouterr().err
 
 
 def test_a_bad_setting_is_one_message(capsys, tmp_path):

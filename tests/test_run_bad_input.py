@@ -106,12 +106,14 @@ def test_prompts_that_are_too_long_are_skipped_and_counted(config, tmp_path):
     run(train(config, "train.steps=4"), 1, tmp_path / "out").ok()
     whole = records(config.parent / "run", "rollouts.jsonl")
     limit = 35
+    shutil.rmtree(config.parent / "run")
     end = run(train(config, "train.steps=4", f"data.max_prompt_tokens={limit}"), 1, tmp_path / "out").ok()
     step, lines = records(config.parent / "run")[-1], records(config.parent / "run", "rollouts.jsonl")
     missing = {line["key"] for line in whole} - {line["key"] for line in lines}
     assert 0 < len(missing) < len(whole)
     assert step["bad_samples"] == len(missing)
     assert all(f"skipped sample {key}: its prompt has " in _log(config) for key in missing)
+    shutil.rmtree(config.parent / "run")
     end = run(
         train(config, "train.steps=4", f"data.max_prompt_tokens={limit}", "data.max_bad_samples=1"), 1, tmp_path / "out"
     )

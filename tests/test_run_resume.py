@@ -158,15 +158,17 @@ def test_a_finished_run_that_is_started_again_changes_nothing(killed, tmp_path):
     assert table[0].startswith("task ")
 
 
-def test_without_resume_a_run_starts_anew_over_an_old_one(inputs, tmp_path):  # noqa: F811
-    config = write_config(tmp_path / "run.yaml", inputs, train={"steps": 2}, checkpoint={"every": 1})
+def test_without_resume_an_old_run_is_left_alone(inputs, tmp_path):  # noqa: F811
+    config = write_config(tmp_path / "run.yaml", inputs, train={"steps": 1})
     run(train(config), 1, tmp_path / "out").ok()
-    first = records(tmp_path / "run")
-    run(train(config, "train.steps=1"), 1, tmp_path / "out").ok()
-    assert [step["step"] for step in records(tmp_path / "run")] == [1]
-    assert differences(records(tmp_path / "run")[0], first[0], relative=0, absolute=0) == {}
+    before = records(tmp_path / "run")
+    end = run(train(config, "train.steps=2"), 1, tmp_path / "out")
+    assert end.codes == [2]
+    assert "holds step-00000001 of an earlier run; set run.resume=auto" in end.err
+    assert records(tmp_path / "run") == before
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_when_more_steps_are_asked_for(inputs, tmp_path):  # noqa: F811
     constant = {"lr": 1.0e-3, "decay": "constant"}  # a decay would depend on the number of steps
     config = write_config(tmp_path / "run.yaml", inputs, run={"folder": str(tmp_path / "run")}, optimizer=constant)

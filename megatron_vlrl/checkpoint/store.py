@@ -153,10 +153,12 @@ class CheckpointStore:
     def find(self, spec: str | Path) -> Path | None:
         """The checkpoint to resume from, every file of it verified, the same on every rank.
 
-        spec: "never" gives None; "auto" the newest undamaged one of the folder, None if it holds none; anything else is
-        a checkpoint's folder. CheckpointError if that one is damaged, or if "auto" finds damaged ones only.
+        spec: "never" gives None; ConfigError if the folder holds a run already, which a crash of the new one would
+        resume. "auto" the newest undamaged one of the folder, None if it holds none; anything else is a
+        checkpoint's folder. CheckpointError if that one is damaged, or if "auto" finds damaged ones only.
         """
         if spec == "never":
+            self._refuse_older_run()
             return None
         if spec != "auto":
             problems = self._problems(Path(spec))
@@ -253,6 +255,14 @@ class CheckpointStore:
                 discard(path, self.folder / f".tmp-{path.name.split('-')[1]}-{token}")
             except OSError as error:
                 LOG.warning("old checkpoint %s could not be deleted (%s); delete it by hand", path, error)
+
+    def _refuse_older_run(self) -> None:
+        older: list[Path] = self._on_main(lambda: [path for _, path in self._finished()])
+        if older:
+            raise ConfigError(
+                f"run.resume=never, but {self.folder} holds {older[-1].name} of an earlier run; "
+                "set run.resume=auto to go on with it, or choose another run.folder"
+            )
 
     def _finished(self) -> list[tuple[Manifest | None, Path]]:
         """(manifest, None where it is unreadable; folder) of every finished checkpoint."""

@@ -17,7 +17,9 @@ class RunConfig:
     name: str = "run"  # a label, kept in config.yaml
     folder: str = "runs/run"  # everything that the run writes lies under it
     seed: int = 0  # of data order, sampling and whatever else is drawn
-    resume: str = "never"  # never | auto (the last good checkpoint of this folder, if any) | a checkpoint folder
+    resume: str = (
+        "never"  # never (a new folder) | auto (the last good checkpoint of this folder, if any) | a checkpoint folder
+    )
     threads: int = 1  # CPU threads of a process; part of what makes a resumed run bit-identical
 
 
