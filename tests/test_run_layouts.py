@@ -136,4 +136,4 @@ def test_the_settings_written_by_a_run_reproduce_it(runs, tmp_path):
 
 def test_the_checkpoints_manifest_names_the_layout(runs):
     manifest = json.loads((runs("tensor=2")[0] / "checkpoints/step-00000003/MANIFEST.json").read_text())
-    assert manifest["layout"] == {"tensor": 2, "pipeline": 1, "data": 1, "sequence": True}
+    assert manifest["layout"] == {"tensor": 2, "pipeline": 1, "data": 1, "sequence": True, "virtual": 1, "expert": 1}

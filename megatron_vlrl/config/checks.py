@@ -15,6 +15,8 @@ AT_LEAST: Mapping[str, float] = {
     "parallel.tensor": 1,
     "parallel.pipeline": 1,
     "parallel.data": 1,
+    "parallel.virtual_pipeline": 1,
+    "parallel.expert": 1,
     "data.prompts_per_step": 1,
     "data.max_prompt_tokens": 1,
     "data.max_bad_samples": 0,

@@ -43,7 +43,7 @@ class PatchMerger(nn.Module):
 
 def _run_layer(layer: nn.Module, rotary: Tensor, packed: PackedSeqParams, hidden: Tensor) -> Tensor:
     out, _context = layer(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=packed)
-    return out  # type: ignore[no-any-return]
+    return out
 
 
 class VisionTower(MegatronModule):
