@@ -54,7 +54,11 @@ def _log(config: Path, rank: int = 0) -> str:
     ("overrides", "size", "told"),
     [
         (["parallel.tensor=3"], 3, ["parallel.tensor=3 does not divide 4 attention heads, 2 key/value heads"]),
-        (["parallel.pipeline=3"], 3, ["parallel.pipeline=3 x virtual_pipeline=1 does not divide 4 layers", "[1, 2, 4]"]),
+        (
+            ["parallel.pipeline=3"],
+            3,
+            ["parallel.pipeline=3 x virtual_pipeline=1 does not divide 4 layers", "[1, 2, 4]"],
+        ),
         (["parallel.tensor=2"], 3, ["tensor 2 x pipeline 1 x data 1 = 2, but 3 processes were started"]),
         (["model.freeze=[model.vision.*]"], 1, ["model.freeze: 'model.vision.*' matches no parameter"]),
         (["algorithm.advantage.options.scop=task"], 1, ["scop"]),
