@@ -1,9 +1,10 @@
 """How long a conversion takes, as a ratio to copying the same files with safetensors.
 
-One process, one thread. The three take turns in every round, each writes to the same disk and flushes it, and what they
-write is deleted. The first round is dropped. What is printed are ratios within a round, median and range.
+One process, one thread. The three take turns in every round, each begins a round as often as the others, writes to the
+same disk and flushes it, and what it wrote is deleted before the next. The first round is dropped. What is printed are
+ratios within a round, median and range.
 
-    python tools/bench_convert.py [--folder DIR] [--rounds 5] [--tensor 2] [--pipeline 2]
+    python tools/bench_convert.py [--folder DIR] [--rounds 6] [--tensor 2] [--pipeline 2]
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="a Qwen3-VL's folder; without it a random one of 600 MB is made")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--tensor", type=int, default=2)
     parser.add_argument("--pipeline", type=int, default=2)
     arguments = parser.parse_args()
@@ -57,16 +58,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         source = arguments.folder or _synthetic(root / "model")
+        checkpoint = root / "checkpoint"
+        convert_from_hf(source, checkpoint, dims)
+        sides: list[tuple[str, Callable[[Path, Path], None], Path]] = [
+            ("copy", copy, source),
+            ("import", lambda a, b: convert_from_hf(a, b, dims), source),
+            ("export", convert_to_hf, checkpoint),
+        ]
         for number in range(arguments.rounds + 1):
-            took = {
-                "copy": timed(copy, source, root / "copy"),
-                "import": timed(lambda a, b: convert_from_hf(a, b, dims), source, root / "checkpoint"),
-                "export": timed(convert_to_hf, root / "checkpoint", root / "hf"),
-            }
-            for written in ("copy", "checkpoint", "hf"):
-                shutil.rmtree(root / written)
-            for kind, times in took.items() if number else ():
-                taken[kind].append(times)
+            first = number % len(sides)
+            for kind, work, origin in sides[first:] + sides[:first]:
+                times = timed(work, origin, root / "out")
+                shutil.rmtree(root / "out")
+                if number:
+                    taken[kind].append(times)
         size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     print(f"{size / 1e6:.0f} MB, tensor {dims.tensor} x pipeline {dims.pipeline}, {arguments.rounds} rounds")
     for kind, pairs in taken.items():
