@@ -105,7 +105,7 @@ class Run:
                 self.recorder.step(stats)
             last = self.done == config.train.steps
             if not last and _due(self.done, config.evaluate.every, config.evaluate.start):
-                self.finished = self._good_enough(self._evaluate("during"))
+                self.finished = self._evaluate("during").reaches(config.evaluate.stop_at, config.evaluate.stop_at_each)
             if not (last or self.finished) and _due(self.done, config.checkpoint.every):
                 self._save()
             if last or self.finished:
@@ -181,9 +181,9 @@ class Run:
         samples = held_out(Path(config.data), config.per_task) if config.data else []
         return [self.renderer.render(sample) for sample in samples]
 
-    def _evaluate(self, label: str) -> Evaluation | None:
+    def _evaluate(self, label: str) -> Evaluation:
         if not self.held_out:
-            return None
+            return Evaluation(tasks={}, examples=())
         if self.judge is not self.engine:
             self.judge.update_weights(self.backend.hf_weights(), self.done)
         sampling = replace(self.sampling, n=1, temperature=self.config.evaluate.temperature)
@@ -191,13 +191,6 @@ class Run:
         if self.recorder:
             self.recorder.evaluation(self.done, label, result.scores(), sampling.temperature)
         return result
-
-    def _good_enough(self, result: Evaluation | None) -> bool:
-        config = self.config.evaluate
-        if result is None or not config.stop_at:
-            return False
-        worst = min(score.accuracy.value for score in result.tasks.values())
-        return result.mean >= config.stop_at and worst >= config.stop_at_each
 
     def _save(self) -> None:
         record = RunState(

@@ -14,8 +14,9 @@ import torch.distributed as dist
 
 from megatron_vlrl.errors import RolloutError
 from megatron_vlrl.parallel.groups import Group, ProcessGroups
-from megatron_vlrl.rollout.evaluate import EXAMPLES_PER_TASK, Evaluation, evaluate, wilson_half_width
+from megatron_vlrl.rollout.evaluate import EXAMPLES_PER_TASK, Evaluation, TaskScore, evaluate, wilson_half_width
 from megatron_vlrl.types import (
+    Mean,
     Message,
     Prompt,
     RewardBreakdown,
@@ -121,6 +122,27 @@ def test_scores_are_means_over_each_task() -> None:
     assert result.tasks["box"].format.count == 0
     assert result.tasks["count"].format.value == pytest.approx(2 / 5)
     assert (result.failures, result.tasks["read"].failures, result.tasks["read"].format.count) == (1, 1, 9)
+
+
+def test_goals_are_reached_by_the_mean_and_by_every_task() -> None:
+    def result(*accuracies: float) -> Evaluation:
+        scores = {
+            f"task{i}": TaskScore(
+                accuracy=Mean(total=10 * accuracy, count=10),
+                format=Mean(total=10, count=10),
+                length=Mean(total=50, count=10),
+                prompts=10,
+                failures=0,
+            )
+            for i, accuracy in enumerate(accuracies)
+        }
+        return Evaluation(tasks=scores, examples=())
+
+    assert result(0.2, 0.8).reaches(0.5, 0.2)
+    assert not result(0.2, 0.7).reaches(0.5, 0.2)
+    assert not result(0.1, 0.9).reaches(0.5, 0.2)
+    assert not result(1.0).reaches(0.0, 0.0)
+    assert not result().reaches(0.5, 0.0)
 
 
 def test_three_ranks_give_the_bits_of_one() -> None:

@@ -54,6 +54,12 @@ class Evaluation:
             else math.nan
         )
 
+    def reaches(self, mean: float, each: float) -> bool:
+        """Whether the mean over the tasks is at least `mean`, and every task at least `each`; never for a mean of 0."""
+        return bool(self.tasks and mean) and (
+            self.mean >= mean and min(score.accuracy.value for score in self.tasks.values()) >= each
+        )
+
     def scores(self) -> dict[str, dict[str, float]]:
         """By task: accuracy, number of items, half-width of the 95% interval."""
         return {
