@@ -272,6 +272,7 @@ def save_before_the_first_update(folder: Path, target: Path) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 def test_a_run_without_an_update_can_be_resumed(folder: Path, tmp_path: Path) -> None:
     (losses,) = run_ranks(save_before_the_first_update, 1, folder, tmp_path)
     assert losses[:2] == losses[2:]

@@ -129,6 +129,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("layout", [{"tensor": 2}, {"data": 2, "distributed": True, "overlap": True}], ids=str)
+@pytest.mark.slow
 def test_it_holds_the_state_of_its_step(layout: dict[str, Any], folder: Path, tmp_path: Path) -> None:
     saved = run_ranks(save_and_train_on, 2, folder, tmp_path, layout)
     loaded = run_ranks(load, 2, folder, tmp_path / "step-00000002", layout)

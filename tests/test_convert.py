@@ -127,6 +127,7 @@ def layout_on_disk(folder: Path) -> dict[str, tuple[object, ...]]:
         pytest.param("experts alike", {"tensor": 2, "data": 2, "expert": 2, "sequence": True}, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_the_blocks_are_those_that_the_ranks_save_themselves(model, parallel, models, tmp_path):
     (tmp_path / "theirs").mkdir()
     run_ranks(save, 4, models[model], tmp_path / "theirs", parallel)
@@ -170,6 +171,7 @@ def test_ranks_of_any_layout_load_it(model, parallel, models, tmp_path):
             assert torch.equal(loaded[name], value), name
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_run_comes_out_in_the_sources_dtype(models, tmp_path):
     (tmp_path / "saved").mkdir()
     run_ranks(save, 2, models["untied"], tmp_path / "saved", {"tensor": 2})

@@ -199,6 +199,7 @@ def updated(folder: Path, target: Path, first: dict[str, Any], second: dict[str,
         pytest.param("dp4 ep2, distributed", "tp2 sp dp2 ep2, recompute full", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_at_another_layout(saving: str, loading: str, folder: Path, tmp_path: Path) -> None:
     first, second = (LAYOUTS | LARGE)[saving], (LAYOUTS | LARGE)[loading]
     second = {**second, "distributed": first.get("distributed", False)}

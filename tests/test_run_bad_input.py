@@ -106,6 +106,7 @@ def test_too_many_damaged_images_end_every_rank_with_a_summary(config, broken, t
     assert end.err.count(f"  {BROKEN}: ") == size
 
 
+@pytest.mark.slow
 def test_prompts_that_are_too_long_are_skipped_and_counted(config, tmp_path):
     run(train(config, "train.steps=4"), 1, tmp_path / "out").ok()
     whole = records(config.parent / "run", "rollouts.jsonl")
@@ -185,6 +186,7 @@ def test_a_full_disk_is_an_error_that_leaves_the_last_checkpoint(config, small_d
 
 
 @pytest.mark.parametrize(("prompts", "size"), [pytest.param(1, 1, marks=pytest.mark.slow), (2, 2)])
+@pytest.mark.slow
 def test_a_step_whose_prompts_are_all_bad_is_passed(config, broken, tmp_path, prompts, size):
     """One prompt a rank: with two ranks one of them has nothing in that step, with one the whole step is empty."""
     steps = 40 // prompts

@@ -132,6 +132,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_step_before_taken(killed, t
     _assert_same_run(config.parent, whole)
 
 
+@pytest.mark.slow
 def test_another_layout_goes_on_with_the_same_data(killed, tmp_path):
     """The answers, too, are the same here: a sampled token hangs on neither the layout nor the batch."""
     whole, stopped = killed("tensor=2")

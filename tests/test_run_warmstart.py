@@ -101,6 +101,7 @@ def moody(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:  # 
 MOODY = "tests.test_run_warmstart:moody_reward"
 
 
+@pytest.mark.slow
 def test_a_users_reward_that_raises_is_counted_and_learning_goes_on(warm, moody, inputs, tmp_path):  # noqa: F811
     """Reinforcement learning from the warm start, whose answers reach the verifier."""
     config = write_config(
@@ -135,6 +136,7 @@ def test_a_users_reward_that_raises_is_counted_and_learning_goes_on(warm, moody,
     assert 0 < len(failures) < len(lines) * 4
 
 
+@pytest.mark.slow
 def test_a_failed_verifier_is_counted_in_a_warm_start_too(moody, inputs, tmp_path):  # noqa: F811
     """There it takes nothing away: a demonstration is imitated whatever its reward."""
     config = write_config(
