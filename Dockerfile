@@ -1,8 +1,11 @@
 # Two images of the same package:
 #   docker build --target cpu -t megatron-vlrl:cpu .
-#   docker build --target gpu -t megatron-vlrl:gpu .
+#   docker build --target gpu --build-arg GPU_BASE=IMAGE -t megatron-vlrl:gpu .
+# IMAGE is NVIDIA's own PyTorch image, 25.10 or later, under the name that it has in your registry.
 # Checked so far: the steps of `cpu` outside a container (tools/setup_env.sh in an empty folder). Neither image has been
 # built, and `gpu` has not been run at all.
+
+ARG GPU_BASE=scratch
 
 # ---------------------------------------------------------------- cpu: what tools/setup_env.sh makes, in /opt/venv
 FROM python:3.11-slim AS cpu
@@ -21,7 +24,7 @@ CMD ["doctor"]
 # ---------------------------------------------------------------- gpu: NVIDIA's torch, Transformer Engine and Apex
 # The base brings torch, torchvision, numpy, Transformer Engine, Apex and NCCL, built for each other. They stay: its own
 # versions come first in the constraints, ours count for everything that it lacks. A contradiction ends the build.
-FROM nvcr.io/nvidia/pytorch:25.10-py3 AS gpu
+FROM ${GPU_BASE} AS gpu
 WORKDIR /opt/megatron_vlrl
 ENV OMP_NUM_THREADS=1 PIP_CONSTRAINT= PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1
 COPY setup.py pyproject.toml constraints.txt README.md ./
