@@ -10,43 +10,7 @@ import pytest
 from megatron_vlrl.checkpoint.state import RunState, differences, summary
 from megatron_vlrl.config.schema import Config, OptimizerConfig
 from megatron_vlrl.errors import CheckpointError
-from megatron_vlrl.models.qwen3_vl.config import Qwen3VLSpec, TextSpec, VisionSpec
-
-TEXT = TextSpec(
-    vocab_size=384,
-    hidden_size=64,
-    ffn_size=96,
-    layers=4,
-    heads=4,
-    kv_heads=2,
-    head_dim=16,
-    norm_eps=1e-6,
-    rope_theta=1e4,
-    mrope_section=(4, 2, 2),
-    max_positions=2048,
-)
-VISION = VisionSpec(
-    depth=2,
-    hidden_size=32,
-    ffn_size=48,
-    heads=4,
-    in_channels=3,
-    patch_size=16,
-    temporal_patch_size=2,
-    merge_size=2,
-    out_size=64,
-    position_embeddings=64,
-    deepstack_layers=(0, 1),
-)
-SPEC = Qwen3VLSpec(
-    text=TEXT,
-    vision=VISION,
-    tied_embeddings=True,
-    image_token_id=1,
-    video_token_id=2,
-    vision_start_token_id=3,
-    vision_end_token_id=4,
-)
+from tests.spec import SPEC
 
 
 def make_state(**changed) -> RunState:
@@ -68,7 +32,7 @@ def test_it_comes_back_from_json_as_it_was():
 
 
 def test_another_model_is_refused_and_the_difference_named():
-    other = dataclasses.replace(SPEC, text=dataclasses.replace(TEXT, layers=6, mrope_section=(2, 3, 3)))
+    other = dataclasses.replace(SPEC, text=dataclasses.replace(SPEC.text, layers=6, mrope_section=(2, 3, 3)))
     with pytest.raises(CheckpointError) as error:
         RunState.from_dict(make_state().to_dict(), model=summary(other))
     assert "text.layers: was 4, now 6" in str(error.value)

@@ -5,7 +5,7 @@ A rule turns whole Hugging Face tensors into one rank's shard, and the shards of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -164,6 +164,25 @@ class Rule:
     def shapes(self, shapes: Mapping[str, Shape]) -> list[Shape]:
         """Of what the parameter is made of."""
         return [tuple(shapes[name]) if self.expert is None else tuple(shapes[name])[1:] for name in self.hf]
+
+
+def by_hf_name(
+    joined: Iterable[tuple[Rule, Sequence[Tensor]]], shapes: Mapping[str, Shape]
+) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, whole tensor) from each rule's tensors, in the rules' order.
+
+    The experts of a layer follow each other and are put together one by one into the tensor that holds them all.
+    """
+    for rule, whole in joined:
+        if rule.expert is None:
+            yield from zip(rule.hf, whole, strict=True)
+            continue
+        (name,), (row,) = rule.hf, whole
+        if rule.expert == 0:
+            stack = row.new_empty(shapes[name])
+        stack[rule.expert] = row
+        if rule.expert == len(stack) - 1:
+            yield name, stack
 
 
 def rules(spec: Qwen3VLSpec) -> list[Rule]:

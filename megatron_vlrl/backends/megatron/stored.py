@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_vlrl.backends.megatron.names import by_hf_name
 from megatron_vlrl.backends.megatron.shards import StoredParameter, stored_parameters
 from megatron_vlrl.errors import CheckpointError
 from megatron_vlrl.models.qwen3_vl.config import Qwen3VLSpec
@@ -70,18 +71,12 @@ class StoredWeights:
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, whole tensor); the experts of a layer are put together one by one."""
         chunks = self._chunks()
-        for parameter in self.parameters:
-            rule = parameter.rule
-            whole = rule.layout.join([self._read(parameter, chunks)], rule.shapes(self.shapes))
-            if rule.expert is None:
-                yield from zip(rule.hf, whole, strict=True)
-                continue
-            (name,), (row,) = rule.hf, whole
-            if rule.expert == 0:
-                stack = row.new_empty(self.shapes[name])
-            stack[rule.expert] = row
-            if rule.expert == len(stack) - 1:
-                yield name, stack
+        rules = (parameter.rule for parameter in self.parameters)
+        joined = (
+            parameter.rule.layout.join([self._read(parameter, chunks)], parameter.rule.shapes(self.shapes))
+            for parameter in self.parameters
+        )
+        return by_hf_name(zip(rules, joined, strict=True), self.shapes)
 
     def _chunks(self) -> dict[tuple[str, Shape], list[ChunkStorageMetadata]]:
         """The blocks of each parameter, by key and index."""

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_vlrl.backends.megatron.names import EMBEDDING, HEAD, Rule
+from megatron_vlrl.backends.megatron.names import EMBEDDING, HEAD, Rule, by_hf_name
 from megatron_vlrl.errors import ModelError
 from megatron_vlrl.models.hf_files import HFWeights
 from megatron_vlrl.models.qwen3_vl.names import as_stored
@@ -91,17 +91,8 @@ class WeightMap:
 
     def gather(self, pick: Callable[[nn.Parameter], Tensor]) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, whole tensor on the host) of `pick(parameter)`, on every rank; collective."""
-        for holder, bucket in self._buckets():
-            for rule, whole in self._gather_bucket(holder, bucket, pick):
-                if rule.expert is None:
-                    yield from zip(rule.hf, whole, strict=True)
-                    continue
-                (name,), (row,) = rule.hf, whole
-                if rule.expert == 0:
-                    stack = row.new_empty(self.shapes[name])
-                stack[rule.expert] = row
-                if rule.expert == len(stack) - 1:
-                    yield name, stack
+        joined = (item for holder, bucket in self._buckets() for item in self._gather_bucket(holder, bucket, pick))
+        return by_hf_name(joined, self.shapes)
 
     def _buckets(self) -> Iterator[tuple[Holder, list[Rule]]]:
         """Runs of rules with one holder, each below BUCKET_BYTES of float32."""
