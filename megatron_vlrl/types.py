@@ -193,12 +193,30 @@ class RewardBreakdown:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredGroup:
+    """A group with the reward of each of its rollouts, in their order."""
+
+    group: RolloutGroup
+    rewards: tuple[RewardBreakdown, ...]
+
+    def __post_init__(self) -> None:
+        _require(len(self.rewards) == len(self.group.rollouts), "one reward for each rollout")
+
+    @property
+    def position(self) -> int:
+        """The prompt's place in the global order."""
+        return self.group.prompt.sample.position
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RewardTable:
     """The rewards of a step over all data-parallel ranks, ordered by (position, rollout).
 
     position: int64[N], the prompt's place in the global order, which also names its group.
     rollout: int64[N], 0..G-1. task: int64[N], index into `task_names`. total: float64[N], NaN where failed.
-    components: float64[N, K], NaN where a rollout has no such component. length: int64[N], response tokens.
+    components: float64[N, K], NaN where a rollout has no such component. weights: float64[N, K], of the components in
+    the total, 0 where there is none. length: int64[N], response tokens. peers: N names; rows are ranked with those of
+    the same name. It is the task, or a metadata field of the sample.
     """
 
     position: NDArray[np.int64]
@@ -206,15 +224,24 @@ class RewardTable:
     task: NDArray[np.int64]
     total: NDArray[np.float64]
     components: NDArray[np.float64]
+    weights: NDArray[np.float64]
     length: NDArray[np.int64]
+    peers: NDArray[np.str_]
     task_names: tuple[str, ...]
     component_names: tuple[str, ...]
 
     def __post_init__(self) -> None:
         n = len(self.position)
-        for name in ("rollout", "task", "total", "components", "length"):
+        for name in ("rollout", "task", "total", "length", "peers"):
             _require(len(getattr(self, name)) == n, f"column {name} has not {n} rows")
-        _require(self.components.shape == (n, len(self.component_names)), "one column for each component")
+        for name in ("components", "weights"):
+            _require(getattr(self, name).shape == (n, len(self.component_names)), f"one column of {name} for each name")
+
+    def component(self, name: str) -> NDArray[np.float64]:
+        """The column of one component, float64[N]; NaN throughout where no rollout has it."""
+        if name not in self.component_names:
+            return np.full(len(self.position), math.nan)
+        return self.components[:, self.component_names.index(name)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from megatron_vlrl.packing.rows import Microbatch
@@ -16,8 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenReport:
-    """What a token loss measured on a microbatch: scalars to be summed, and of which the greatest counts. The same
-    names for every microbatch."""
+    """What a token loss measured on a microbatch: tensors of any shape to be summed element by element, and scalars of
+    which the greatest counts. The same names and shapes for every microbatch."""
 
     sums: Mapping[str, Tensor]
     maxima: Mapping[str, Tensor]
@@ -40,10 +42,10 @@ class TokenScores:
 class UpdateResult:
     """One optimizer update. sums, maxima: what the token loss reported, over the global batch; the same on every rank.
 
-    sums["loss"] is the loss itself. skipped: why weights and optimizer were left as they were, or None.
+    sums["loss"] is the loss itself, float64[]. skipped: why weights and optimizer were left as they were, or None.
     """
 
-    sums: Mapping[str, float]
+    sums: Mapping[str, NDArray[np.float64]]
     maxima: Mapping[str, float]
     grad_norm: float
     skipped: str | None

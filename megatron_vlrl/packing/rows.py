@@ -30,12 +30,16 @@ class Segment:
 class Targets:
     """What the token loss needs for each response token: float32[R] but `task`, int64[R]."""
 
-    old_log_probs: Tensor
+    rollout_log_probs: Tensor  # the sampler's
     advantages: Tensor
     weights: Tensor  # the token's share of the objective, global denominators included
     entropy_weights: Tensor  # the same for the entropy term; 0 where its task is inside the band
+    kl_weights: Tensor  # the same for the divergence from the reference
     task: Tensor
     counted: Tensor  # 1, or 0 for tokens that only fill a row and enter no mean
+    fresh: Tensor  # 1 where the weights as the step found them wrote the token, else 0
+    old_log_probs: Tensor | None = None  # at the step's start; None: these weights are those
+    reference_log_probs: Tensor | None = None  # None: no reference
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -32,10 +32,11 @@ class TrainGroup:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Minibatch:
-    """This rank's groups of one optimizer update. responses: those that train, over all ranks; 0: nothing to do."""
+    """This rank's groups of one optimizer update. trained: responses that move the weights, over all ranks; 0: nothing
+    to do."""
 
     groups: tuple[TrainGroup, ...]
-    responses: int
+    trained: int
 
 
 def filler() -> TrainGroup:
@@ -51,10 +52,10 @@ def rows_of(table: RewardTable, group: RolloutGroup) -> slice:
 
 
 def trains(table: RewardTable, advantages: AdvantageResult, *, every_token: bool) -> NDArray[np.bool_]:
-    """Which rows have a part in the update, bool[N].
+    """Which rows must be computed in the update, bool[N].
 
-    Whole groups: one whose advantages are all 0 moves nothing and would only be computed, unless `every_token`
-    counts (entropy shaping looks at all generated tokens).
+    Whole groups: one whose advantages are all 0 moves nothing, so its tokens need not be computed, unless `every_token`
+    counts (entropy shaping and the divergence from a reference look at all generated tokens).
     """
     if every_token:
         return np.ones(len(table.position), dtype=np.bool_)
@@ -64,14 +65,18 @@ def trains(table: RewardTable, advantages: AdvantageResult, *, every_token: bool
     return moving[group]
 
 
-def assign(table: RewardTable, rows: NDArray[np.bool_], count: int, key: Sequence[int]) -> dict[int, int]:
-    """position -> minibatch, for the groups of `rows`: each task is dealt out evenly, in an order drawn from `key`."""
+def assign(table: RewardTable, moving: NDArray[np.bool_], count: int, key: Sequence[int]) -> dict[int, int]:
+    """position -> minibatch, for all groups: each task is dealt out evenly, in an order drawn from `key`.
+
+    First those that move, then the others, whose part is to be counted in the denominators.
+    """
     draw = np.random.Generator(np.random.Philox(np.random.SeedSequence(list(key))))
     chosen: dict[int, int] = {}
     for task in range(len(table.task_names)):
-        positions = np.unique(table.position[rows & (table.task == task)])
+        inside = table.task == task
         offset = int(draw.integers(count))
-        for place, position in enumerate(draw.permutation(positions).tolist()):
+        dealt = [draw.permutation(np.unique(table.position[inside & rows])) for rows in (moving, ~moving)]
+        for place, position in enumerate(np.concatenate(dealt).tolist()):
             chosen[position] = (place + offset) % count
     return chosen
 
@@ -81,29 +86,35 @@ def make_minibatches(
     table: RewardTable,
     advantages: AdvantageResult,
     *,
-    active: NDArray[np.bool_],
+    moving: NDArray[np.bool_],
     chosen: Mapping[int, int],
     aggregation: str,
+    constant: int,
 ) -> list[Minibatch]:
-    """Cut this rank's `groups` into the minibatches of `chosen`; the weights' denominators count rows of all ranks."""
+    """Cut this rank's `groups` into the minibatches of `chosen`; the weights' denominators count rows of all ranks.
+
+    Every response with a valid reward is in the denominators, whether it moves or not: so the objective is the mean
+    that is written down, and leaving out what does not move changes no result. constant: the greatest length of a
+    response, which the aggregation of that name divides by.
+    """
     minibatch = np.array([chosen.get(position, -1) for position in table.position.tolist()])
-    active = active & ~advantages.dropped
     own = {group.prompt.sample.position: group for group in groups}
     result = []
     for number in range(max(chosen.values(), default=-1) + 1):
-        inside = active & (minibatch == number)
+        inside = (minibatch == number) & ~advantages.dropped
         responses, tokens = int(inside.sum()), int(table.length[inside].sum())
-        weights = token_weights(table.length, inside, aggregation, responses=responses, tokens=tokens)
-        members = []
-        for position in sorted(p for p, m in chosen.items() if m == number and p in own):
-            rows = rows_of(table, own[position])
-            members.append(
-                TrainGroup(
-                    group=own[position],
-                    advantages=advantages.values[rows],
-                    weights=weights[rows],
-                    task=int(table.task[rows.start]),
-                )
+        weights = token_weights(
+            table.length, inside, aggregation, responses=responses, tokens=tokens, constant=constant
+        )
+        members = [
+            TrainGroup(
+                group=own[position],
+                advantages=advantages.values[rows],
+                weights=weights[rows],
+                task=int(table.task[rows.start]),
             )
-        result.append(Minibatch(groups=tuple(members), responses=responses))
+            for position in sorted(p for p, m in chosen.items() if m == number and p in own)
+            for rows in [rows_of(table, own[position])]
+        ]
+        result.append(Minibatch(groups=tuple(members), trained=int((inside & moving).sum())))
     return result

@@ -13,6 +13,7 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_vlrl.backends import BackendOptions
@@ -143,7 +144,7 @@ class MegatronBackend:
         sums, maxima = self._total(self._run(microbatches, loss, forward_only=False))
         norm = math.nan
         skipped: str | None = "non-finite loss"
-        if math.isfinite(sums["loss"]):
+        if np.isfinite(sums["loss"]):
             with cpu.on_device():
                 norm, updated = apply_update(self.optimizer, lr, self.options.optimizer.clip_norm)
             skipped = None if updated else "non-finite gradient"
@@ -219,19 +220,24 @@ class MegatronBackend:
 
     def _total(
         self, reports: Sequence[Mapping[str, Mapping[str, Tensor]]]
-    ) -> tuple[dict[str, float], dict[str, float]]:
+    ) -> tuple[dict[str, NDArray[np.float64]], dict[str, float]]:
         """Sums and maxima of the reports over microbatches and data ranks, on every rank."""
         totals = None
         if self.is_last_stage:
             sums, maxima = ([report[kind] for report in reports] for kind in ("sums", "maxima"))
-            local = np.array([sum(float(part[name]) for part in sums) for name in sums[0]])
+            local = {name: sum(part[name].double().cpu().numpy() for part in sums) for name in sums[0]}
+            whole = sum_over(np.concatenate([np.ravel(value) for value in local.values()]), self.groups.data)
+            ends = np.cumsum([np.size(value) for value in local.values()])[:-1]
             greatest = np.array([max(float(part[name]) for part in maxima) for name in maxima[0]])
             everyone = gather_rows(greatest[None], self.groups.data).max(axis=0)
             totals = (
-                dict(zip(sums[0], sum_over(local, self.groups.data).tolist(), strict=True)),
+                {
+                    name: part.reshape(np.shape(local[name]))
+                    for name, part in zip(local, np.split(whole, ends), strict=True)
+                },
                 dict(zip(maxima[0], everyone.tolist(), strict=True)),
             )
-        result: tuple[dict[str, float], dict[str, float]] = broadcast_object(
+        result: tuple[dict[str, NDArray[np.float64]], dict[str, float]] = broadcast_object(
             totals, self.groups.pipeline, self.groups.pipeline.size - 1
         )
         return result

@@ -1,0 +1,32 @@
+"""Which component of the reward decides the ranks: ranks see order, not size, so a small shaping term may rule them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatron_vlrl.algorithms.blocks import block_starts
+from megatron_vlrl.algorithms.columns import Floats, Ints
+
+TIE = 1e-9  # totals this close share a rank
+
+
+def deciding_component(totals: Floats, components: Floats, weights: Floats, groups: Ints) -> Ints:
+    """int64[N]: for each rollout the component that lifts it above its neighbour below in its group; else -1.
+
+    That is the component whose weighted difference between the two is greatest. -1: the lowest of its group, a tie
+    with the neighbour, or a failed reward. totals: float64[N], NaN where failed. components, weights: float64[N, K],
+    NaN where a rollout has no such component, which counts as 0.
+    """
+    decided = np.full(len(totals), -1, dtype=np.int64)
+    valid = np.flatnonzero(np.isfinite(totals))
+    order = valid[np.lexsort((totals[valid], groups[valid]))]
+    if not len(order) or not components.shape[1]:
+        return decided
+    parts = (np.nan_to_num(components) * weights)[order]
+    above = np.ones(len(order), dtype=np.bool_)
+    above[block_starts(groups[order])] = False
+    above[1:] &= np.diff(totals[order]) > TIE
+    above[0] = False
+    rows = np.flatnonzero(above)
+    decided[order[rows]] = np.argmax(parts[rows] - parts[rows - 1], axis=1)
+    return decided
