@@ -52,14 +52,14 @@ class Updater:
         assert targets is not None
         objective = resolve_name(config.kind, LOSSES, "algorithm.loss.kind")
         kept = targets.counted > 0  # a filler's token would enter the sums that the objective reports
-        loss, sums = objective(
+        losses, marks = objective(
             log_probs[kept],
             targets.old_log_probs[kept],
             targets.advantages[kept],
-            targets.weights[kept],
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
+            _sequences(batch, log_probs.device)[kept],
+            **config.options,
         )
+        loss = (targets.weights[kept] * losses).sum()
         if self.algorithm.entropy.coefficient:
             loss = loss + (targets.entropy_weights * self._surprise(log_probs, entropies)).sum()
         counted = targets.counted
@@ -67,7 +67,7 @@ class Updater:
             1, targets.task, torch.stack([entropies.detach() * counted, counted])
         )
         drift = ((log_probs.detach() - targets.old_log_probs) * counted).abs()
-        report = {**sums, "tokens": counted.sum()}
+        report = {name: mark.sum() for name, mark in marks.items()} | {"tokens": counted.sum()}
         for number, name in enumerate(self.task_names):
             report[f"entropy/{name}"], report[f"tokens/{name}"] = by_task[:, number]
         return loss, TokenReport(sums=report, maxima={"drift": drift.max()})
@@ -94,6 +94,12 @@ class Updater:
         config = self.algorithm.entropy
         weights = entropy_weights(entropy_sides(sums, counts, config.bands), counts, config.coefficient)
         return torch.tensor([weights[name] for name in self.task_names], dtype=torch.float32)
+
+
+def _sequences(batch: Microbatch, device: torch.device) -> Tensor:
+    """Which response of the row each of its R response tokens is of, int64[R]."""
+    lengths = torch.tensor(batch.lengths, device=device)
+    return torch.arange(len(lengths), device=device).repeat_interleave(lengths)
 
 
 def _with_weights(batch: Microbatch, weights: Tensor) -> Microbatch:
