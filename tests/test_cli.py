@@ -19,6 +19,7 @@ from PIL import Image
 from megatron_vlrl.cli import COMMANDS, main
 
 RUN = [sys.executable, "-m", "megatron_vlrl"]
+UNREAD = 128 + signal.SIGPIPE
 SETTINGS = ["model.path=m", "data.train=d"]
 
 # The training loop is not these tests' concern: each writes its own, put in its place in every process started.
@@ -193,6 +194,54 @@ def train(config):
     os.set_blocking(ours, False)
     assert os.read(ours, 4096).strip() == b"^C"
     os.close(ours)
+
+
+PLAN = ["plan", "--model", "qwen3-vl-2b", "--devices", "h100-80g"]
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("argv", [PLAN, [*PLAN, "--json"], ["--help"], ["train", "--help"]], ids=" ".join)
+def test_output_that_nobody_reads_ends_a_command_quietly(argv, unbuffered):
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    process = subprocess.Popen([*RUN, *argv], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()  # `| head` that has gone
+    assert process.stderr.read() == b""
+    # Of unbuffered help argparse itself says nothing.
+    assert process.wait(60) == (0 if "--help" in argv and unbuffered else UNREAD)
+    process.stderr.close()
+
+
+ENDLESS = "def train(config):\n    for step in range(100_000): print('step', step)\n    raise SystemExit('not stopped')"
+
+
+@pytest.mark.parametrize(
+    "degrees", [[], pytest.param(["parallel.data=2"], marks=pytest.mark.slow)], ids=["one rank", "two ranks"]
+)
+def test_head_ends_a_run_quietly(command, tmp_path, degrees):
+    process = command(_train(tmp_path, *degrees), ENDLESS, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == "step 0\n"
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(60) == UNREAD
+    process.stderr.close()
+
+
+def test_a_message_that_nobody_reads_ends_a_command_too():
+    argv = ["plan", "--model", "m", "--devices", "h100-80g"]
+    process = subprocess.Popen([*RUN, *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process.stdout.close()
+    assert process.wait(60) == UNREAD
+
+
+def test_another_broken_pipe_is_an_error_like_any_other(finished, tmp_path):
+    code, _, err = finished(_train(tmp_path), "def train(config): raise BrokenPipeError('of a worker')")
+    assert code == 1
+    assert "BrokenPipeError: of a worker" in err
+
+
+def test_closed_output_is_no_error():
+    done = subprocess.run(["bash", "-c", 'exec "$@" >&-', "-", *RUN, *PLAN], check=False, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 @pytest.fixture

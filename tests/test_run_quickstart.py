@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vlrl.algorithms import check_options
-from megatron_vlrl.algorithms.losses import LOSSES
+from megatron_vlrl.algorithms.losses import check_loss_options
 from megatron_vlrl.cli.settings import read_settings
 from megatron_vlrl.rollout.engines import ENGINES
 from tests.run_folder import REPOSITORY, TASKS
@@ -24,7 +24,7 @@ SCRIPTS = sorted(FOLDER.glob("*.sh"))
 def test_its_settings_pass_every_check(path: Path) -> None:
     config = read_settings(path, [], ("model.path", "data.train"))
     check_options(config.algorithm.advantage.kind, config.algorithm.advantage.options)
-    assert config.algorithm.loss.kind in LOSSES
+    check_loss_options(config.algorithm.loss.kind, config.algorithm.loss.options)
     assert config.rollout.engine in ENGINES
     for names in (config.data.weights, config.reward.length_bands, config.algorithm.entropy.bands):
         assert set(names) <= set(TASKS)

@@ -148,7 +148,7 @@ def updates(folder: Path, parallel: Mapping[str, int], estimator: str, plans: Se
     for plan in plans:
         split, tokens, singly = PLANS[plan]
         config = AlgorithmConfig(
-            loss=LossConfig(**CLIP),
+            loss=LossConfig(options=CLIP),
             entropy=EntropyConfig(coefficient=COEFFICIENT, estimator=estimator, bands=expected.bands),
         )
         updater = Updater(

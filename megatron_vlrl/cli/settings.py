@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_vlrl.config.checks import check, require
 from megatron_vlrl.config.load import load
 from megatron_vlrl.config.schema import Config
+from megatron_vlrl.runtime.failure import EXIT_UNREAD
 from megatron_vlrl.runtime.launch import degrees, needs_local_launch, thread_environment, world_from_env
 from megatron_vlrl.runtime.logs import log_file
 from megatron_vlrl.runtime.ranks import adopt_rank, run_ranks
@@ -48,6 +49,8 @@ def on_ranks(config: Config, argv: Sequence[str], body: Callable[[Config], str |
     failed = run_ranks(command, size=degrees(config.parallel), threads=config.run.threads)
     if failed is None:
         return 0
+    if failed.unread:
+        return EXIT_UNREAD
     log = log_file(logs, failed.rank)
     print(f"error: rank {failed.rank} {failed.reason}", file=sys.stderr)
     if not failed.expected:

@@ -23,6 +23,8 @@ AT_LEAST: Mapping[str, float] = {
     "rollout.samples_per_prompt": 1,
     "rollout.max_new_tokens": 1,
     "rollout.batch_prompts": 1,
+    "algorithm.loss.importance_cap": 1,
+    "algorithm.kl.coefficient": 0,
     "algorithm.entropy.coefficient": 0,
     "optimizer.lr": 0,
     "optimizer.weight_decay": 0,
@@ -45,8 +47,6 @@ AT_LEAST: Mapping[str, float] = {
 POSITIVE = (
     "parallel.timeout_seconds",
     "rollout.temperature",
-    "algorithm.loss.clip_low",
-    "algorithm.loss.clip_high",
     "optimizer.eps",
 )
 
@@ -54,6 +54,7 @@ POSITIVE = (
 SHARES = (
     "reward.format_weight",
     "reward.length_weight",
+    "algorithm.kl.decay",
     "optimizer.final_ratio",
     "evaluate.stop_at",
     "evaluate.stop_at_each",
@@ -144,6 +145,20 @@ def length_bands(config: Config) -> Iterator[str]:
             yield f"reward.length_bands.{task} is {list(band)}; write min, low, high, max in ascending order from 0"
 
 
+def kl(config: Config) -> Iterator[str]:
+    """No negative coefficient, and a reference policy where there is one over 0."""
+    term = config.algorithm.kl
+    for task, coefficient in term.by_task.items():
+        if coefficient < 0:
+            yield f"algorithm.kl.by_task.{task} is {coefficient}; use 0 or more"
+    highest = max(term.coefficient, *term.by_task.values(), 0.0)
+    if highest > 0 and term.reference == "none":
+        yield (
+            f"algorithm.kl has a coefficient of {highest} but algorithm.kl.reference is 'none'; "
+            "use reference 'frozen' or 'ema', or coefficient 0"
+        )
+
+
 def entropy_bands(config: Config) -> Iterator[str]:
     """0 <= min <= max, and some where the term is on."""
     entropy = config.algorithm.entropy
@@ -185,6 +200,7 @@ CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     mixture,
     reward_weights,
     length_bands,
+    kl,
     entropy_bands,
     optimizer,
     early_stop,

@@ -94,12 +94,26 @@ class AdvantageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """The token objective."""
+    """The token objective. `options` go to the function of that kind, which checks them."""
 
     kind: str = "ppo_clip"  # a name in algorithms.losses.LOSSES
-    clip_low: float = 0.2  # a ratio counts down to 1 - clip_low
-    clip_high: float = 0.2  # and up to 1 + clip_high
-    aggregation: Literal["sequence_mean", "token_mean"] = "sequence_mean"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    aggregation: Literal["sequence_mean", "token_mean", "constant"] = "sequence_mean"  # of the tokens' losses
+    # weight of a token for what sampler and trainer differ in
+    importance: Literal["none", "token_tis", "sequence_mask"] = "none"
+    importance_cap: float = 2.0  # token_tis: the greatest weight; sequence_mask: kept from 1 / cap to cap
+
+
+@dataclass(frozen=True, kw_only=True)
+class KLConfig:
+    """Divergence from a reference policy, as a term of the loss; coefficient 0 turns it off."""
+
+    coefficient: float = 0.0  # weight of the term in the loss
+    by_task: Mapping[str, float] = field(default_factory=dict)  # task -> its own coefficient
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+    # frozen: the weights at the run's start; ema: these, moved towards the policy after every step
+    reference: Literal["none", "frozen", "ema"] = "none"
+    decay: float = 0.99  # ema: the share of the reference that a step keeps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +131,7 @@ class AlgorithmConfig:
 
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    kl: KLConfig = field(default_factory=KLConfig)
     entropy: EntropyConfig = field(default_factory=EntropyConfig)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+EXIT_UNREAD = 141  # a rank whose output nobody reads any more ended without a message: 128 + SIGPIPE
 
 # What gloo, NCCL and torch's store say in a process whose peer has gone.
 _PEER_GONE = re.compile(r"gloo/transport|Connection (closed|reset) by peer|Dist(Network|Store|Backend)Error|NCCL error")
@@ -40,12 +41,14 @@ class Ending:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankFailure:
-    """The first cause. expected: the reason says all that a user needs; else the trace is worth reading."""
+    """The first cause. expected: the reason says all that a user needs; else the trace is worth reading. unread: the
+    rank ended because nobody reads its output, and has nothing to say."""
 
     rank: int
     reason: str
     trace: str
     expected: bool
+    unread: bool = False
 
 
 def record(error: BaseException, *, expected: bool) -> bool:
@@ -91,7 +94,8 @@ def first_cause(endings: Mapping[int, Ending]) -> RankFailure:
     if ending.error:
         reason, trace, expected = ending.error["summary"], ending.error["py_callstack"], bool(ending.error["expected"])
         return RankFailure(rank=rank, reason=f"failed: {reason}", trace=trace, expected=expected)
-    return RankFailure(rank=rank, reason=_silent_end(ending.exit_code), trace="", expected=False)
+    code = ending.exit_code
+    return RankFailure(rank=rank, reason=_silent_end(code), trace="", expected=False, unread=code == EXIT_UNREAD)
 
 
 def _distance_from_cause(ending: Ending, first_seen: float) -> int:
