@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from megatron_vlrl.algorithms import advantages, check_options
+from megatron_vlrl.algorithms import check_options
 from megatron_vlrl.algorithms.schedules import learning_rate
 from megatron_vlrl.backends import BackendOptions, build_backend
-from megatron_vlrl.backends.protocol import Saving, UpdateResult
+from megatron_vlrl.backends.protocol import Saving
 from megatron_vlrl.checkpoint.export import export_model
 from megatron_vlrl.checkpoint.state import STATE_FILE, RunState, differences, summary
 from megatron_vlrl.checkpoint.store import CheckpointStore
+from megatron_vlrl.checkpoint.waiting import read_waiting, write_waiting
 from megatron_vlrl.config.load import dump
 from megatron_vlrl.config.schema import Config
-from megatron_vlrl.data.loader import PromptLoader, check_bad_samples, held_out
+from megatron_vlrl.data.loader import PromptLoader, check_bad_samples
 from megatron_vlrl.data.stream import SampleStream
 from megatron_vlrl.models.qwen3_vl.cost import unit_costs
 from megatron_vlrl.models.qwen3_vl.render import Renderer
@@ -28,20 +31,23 @@ from megatron_vlrl.observe.report import write_report
 from megatron_vlrl.observe.summary import summary_table
 from megatron_vlrl.packing import group_cost
 from megatron_vlrl.parallel.collectives import barrier, gather_objects
+from megatron_vlrl.rollout.buffer import GroupBuffer, Intake
 from megatron_vlrl.rollout.distribute import generate_groups
-from megatron_vlrl.rollout.engines import judge_config, make_engine
-from megatron_vlrl.rollout.evaluate import Evaluation, evaluate
+from megatron_vlrl.rollout.engines import make_engine
+from megatron_vlrl.rollout.evaluate import Evaluation
+from megatron_vlrl.rollout.held_out import HeldOut
 from megatron_vlrl.rollout.sampling import sampling_for
 from megatron_vlrl.runtime.launch import world_from_env
 from megatron_vlrl.runtime.process import joined
 from megatron_vlrl.runtime.seed import seed_all
 from megatron_vlrl.tasks.reward import reward_group
-from megatron_vlrl.train.exchange import share_out
-from megatron_vlrl.train.minibatches import Minibatch, assign, make_minibatches, rows_of, trains
+from megatron_vlrl.train.divide import divide
+from megatron_vlrl.train.estimate import estimate
+from megatron_vlrl.train.minibatches import rows_of
 from megatron_vlrl.train.rewards import gather_table, score_groups
-from megatron_vlrl.train.statistics import table_means, update_means
+from megatron_vlrl.train.statistics import step_means, step_scalars, why_skipped
 from megatron_vlrl.train.update import Updater
-from megatron_vlrl.types import Prompt, StepStats
+from megatron_vlrl.types import StepStats
 
 _log = logging.getLogger(__name__)
 CONFIG_FILE = "config.yaml"
@@ -62,13 +68,10 @@ class Run:
     def __init__(self, config: Config) -> None:
         self.config, self.folder = config, Path(config.run.folder)
         self.renderer = Renderer(Path(config.model.path), config.data.max_prompt_tokens)
-        self.reward = partial(reward_group, config=config.reward)
         self.sampling = sampling_for(config.rollout, self.renderer, seed=config.run.seed)
         self.backend = build_backend(BackendOptions.of(config, self.sampling))
         self.groups = self.backend.groups
         self.engine = make_engine(config, self.renderer)
-        # Where answers do not come from the policy, evaluation needs an engine that asks it.
-        self.judge = self.engine if self.engine.needs_weights else make_engine(judge_config(config), self.renderer)
         stream = SampleStream(
             Path(config.data.train),
             seed=config.run.seed,
@@ -81,16 +84,18 @@ class Run:
         self.cost = partial(group_cost, unit=unit_costs(self.renderer.spec))
         self.updater = Updater(
             backend=self.backend,
-            algorithm=config.algorithm,
             task_names=self.tasks,
             microbatch_tokens=config.train.microbatch_tokens,
             cost=self.cost,
         )
         self.store = CheckpointStore(self.folder / "checkpoints", keep=config.checkpoint.keep, world=self.groups.world)
+        self.buffer = GroupBuffer()
         self.updates, self.finished = 0, False
+        self.bad: dict[str, str] = {}
+        self.advantage_state: Mapping[str, Any] = {}
         self.done = self._resume()
         self.recorder = self._open_recorder() if self.groups.is_main else None
-        self.held_out = self._held_out()
+        self.held_out = HeldOut(config, self.renderer, self.groups, self.engine)
 
     def train(self) -> str:
         """All steps, evaluation before and after, then export and report."""
@@ -115,89 +120,84 @@ class Run:
 
     def step(self) -> StepStats:
         """One step of reinforcement learning."""
-        config, clock = self.config, Clock()
-        with clock("load"):
-            prompts = self.loader.next(config.data.prompts_per_step)
-            bad = self._bad_samples()
-            check_bad_samples(bad, config.data.max_bad_samples)
-        with clock("rollout"):
-            groups = generate_groups(self.engine, prompts, self.sampling, self.groups.model)
-        with clock("reward"):
-            rewards = score_groups(groups, self.reward, self.groups.model)
-            table = gather_table(groups, rewards, self.groups.data, self.tasks)
-            kind, options = config.algorithm.advantage.kind, config.algorithm.advantage.options
-            result = advantages(table.total, table.task, table.position, kind, table.components, **options)
+        settings, clock = self.config, Clock()
+        algorithm, data = settings.algorithm, self.groups.data
+        intake = self._take_in(settings, clock)
+        with clock("advantage"):
+            batch = self.buffer.take(settings.data.prompts_per_step)
+            table = gather_table(batch, data, self.tasks, task_key=algorithm.advantage.task_key)
+            result = estimate(table, algorithm.advantage, self.advantage_state)
+            self.advantage_state = result.state
         with clock("balance"):
-            rows = trains(table, result, every_token=bool(config.algorithm.entropy.coefficient))
-            chosen = assign(table, rows, config.train.minibatches, (config.run.seed, self.done))
-            shares = share_out(groups, chosen, self.cost, self.groups.data)
-        with clock("pack"):
-            own, aggregation = shares.groups, config.algorithm.loss.aggregation
-            minibatches = make_minibatches(own, table, result, active=rows, chosen=chosen, aggregation=aggregation)
+            division = divide(batch, table, result, settings, step=self.done, cost=self.cost, data=data)
+        with clock("score"):
+            version = self.done if self.engine.needs_weights else None
+            minibatches = self.updater.prepare(division.updates, algorithm, version)
         with clock("update"):
-            lr = self._learning_rate()
-            updates = self._update(minibatches, lr)
-        self.done += 1
+            lr = self._learning_rate(settings)
+            updates = [self.updater.update(minibatch, algorithm, lr) for minibatch in minibatches]
+            if algorithm.kl.reference == "ema":
+                self.backend.move_reference(algorithm.kl.decay)
+        self.done, self.updates = self.done + 1, self.updates + sum(u.skipped is None for u in updates)
         with clock("sync"):
             if self.engine.needs_weights:
                 self.engine.update_weights(self.backend.hf_weights(), self.done)
         self.store.poll()
         if self.recorder:
-            values = [result.values[rows_of(table, group)] for group in groups]
-            self.recorder.rollouts(self.done, groups, rewards, values)
-        reasons = [u.skipped for u in updates if u.skipped] if updates else ["no group has rewards that differ"]
-        drift = {"mismatch_max": updates[0].maxima["drift"]} if updates and self.engine.needs_weights else {}
-        counts = {"updates": float(self.updates), "bad_samples": float(len(bad))}
+            self.recorder.rollouts(self.done, batch, [result.values[rows_of(table, one.group)] for one in batch])
+        stages = {**intake.scalars(), **division.shares.scalars()}
+        counts = {"lr": lr, "updates": float(self.updates), "bad_samples": float(len(self.bad))}
         return StepStats(
             step=self.done,
-            means=table_means(table, result) | (update_means(updates, self.tasks) if updates else {}),
-            scalars={"lr": lr, **counts, **shares.scalars(), **drift},
+            means=step_means(intake.tables, table, result, updates, settings.reward),
+            scalars=counts | stages | step_scalars(table, result, updates),
             seconds=clock.seconds | {"save": self.store.take_blocked_seconds()},
-            skipped="; ".join(reasons) or None,
+            skipped=why_skipped(updates),
         )
 
-    def _update(self, minibatches: list[Minibatch], lr: float) -> list[UpdateResult]:
-        """An optimizer update for each minibatch that has anything to learn from, on any rank."""
-        results = []
-        for minibatch in minibatches:
-            if minibatch.responses:
-                result = self.updater.update(self.updater.pack(minibatch.groups), lr)
-                self.updates += result.skipped is None
-                results.append(result)
-        return results
+    def _take_in(self, settings: Config, clock: Clock) -> Intake:
+        """Rounds of prompts, rollouts and rewards, until enough groups wait to be trained."""
+        intake = Intake(self.buffer, settings.algorithm.filter, settings.data.prompts_per_step)
+        sampling = replace(self.sampling, temperature=settings.rollout.temperature)
+        reward = partial(reward_group, config=settings.reward)
+        while count := intake.missing():
+            with clock("load"):
+                prompts = self.loader.next(count)
+                self.bad = self._bad_samples()
+                check_bad_samples(self.bad, settings.data.max_bad_samples)
+            with clock("rollout"):
+                groups = generate_groups(self.engine, prompts, sampling, self.groups.model)
+            with clock("reward"):
+                scored = score_groups(groups, reward, self.groups.model)
+                intake.add(scored, gather_table(scored, self.groups.data, self.tasks))
+        return intake
 
     def _bad_samples(self) -> dict[str, str]:
         """Key -> why it was skipped, over all data ranks."""
         return {key: why for part in gather_objects(self.loader.bad, self.groups.data) for key, why in part.items()}
 
-    def _learning_rate(self) -> float:
-        o, steps = self.config.optimizer, self.config.train.steps
+    def _learning_rate(self, settings: Config) -> float:
+        o, steps = settings.optimizer, settings.train.steps
         return learning_rate(
             self.done, base=o.lr, steps=steps, warmup=o.warmup_steps, decay=o.decay, final_ratio=o.final_ratio
         )
 
-    def _held_out(self) -> list[Prompt]:
-        config = self.config.evaluate
-        samples = held_out(Path(config.data), config.per_task) if config.data else []
-        return [self.renderer.render(sample) for sample in samples]
-
     def _evaluate(self, label: str) -> Evaluation:
         if not self.held_out:
             return Evaluation(tasks={}, examples=())
-        if self.judge is not self.engine:
-            self.judge.update_weights(self.backend.hf_weights(), self.done)
-        sampling = replace(self.sampling, n=1, temperature=self.config.evaluate.temperature)
-        result = evaluate(self.judge, self.held_out, sampling, self.reward, self.groups)
+        if self.held_out.engine is not self.engine:
+            self.held_out.engine.update_weights(self.backend.hf_weights(), self.done)
+        result = self.held_out()
         if self.recorder:
-            self.recorder.evaluation(self.done, label, result.scores(), sampling.temperature)
+            self.recorder.evaluation(self.done, label, result.scores(), self.held_out.sampling.temperature)
         return result
 
     def _save(self) -> None:
         record = RunState(
             step=self.done,
             updates=self.updates,
-            cursor=self.loader.state() | {"bad": self._bad_samples()},
-            algorithm={"finished": self.finished},
+            cursor=self.loader.state() | {"bad": self.bad},
+            algorithm={"finished": self.finished, "advantage": self.advantage_state},
             model=summary(self.renderer.spec),
             config=summary(self.config),
         ).to_dict()
@@ -205,6 +205,7 @@ class Run:
         def write(folder: Path) -> Saving | None:
             if self.groups.is_main:
                 (folder / STATE_FILE).write_text(json.dumps(record), encoding="utf-8")
+            write_waiting(folder, self.buffer.own, self.groups)
             return self.backend.save(folder, asynchronous=self.config.checkpoint.asynchronous)
 
         self.store.save(self.done, write, layout=asdict(self.groups.dims))
@@ -220,6 +221,9 @@ class Run:
         if state.step == 0:  # converted weights: no run has been here
             return 0
         self.loader.restore(state.cursor)
+        self.bad = dict(self.loader.bad)
+        self.buffer.add(*read_waiting(folder, self.loader.at, self.groups.data))
+        self.advantage_state = state.algorithm["advantage"]
         for change in differences(state.config, summary(self.config)):
             _log.warning("resuming with another setting: %s", change)
         self.updates, self.finished = state.updates, bool(state.algorithm["finished"])

@@ -56,4 +56,6 @@ def filter_groups(accuracy: Floats, groups: Ints, rule: str) -> Filtered:
     kept = ids if rule == "off" else judged[keep(mean, low, high)]
     out = ~np.isin(judged, kept)
     right, wrong = judged[out & (low >= HIGH)], judged[out & (high <= LOW)]
-    return Filtered(kept=kept, right=right, wrong=wrong, neither=np.setdiff1d(ids, np.concatenate([kept, right, wrong])))
+    return Filtered(
+        kept=kept, right=right, wrong=wrong, neither=np.setdiff1d(ids, np.concatenate([kept, right, wrong]))
+    )

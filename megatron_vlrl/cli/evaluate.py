@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from megatron_vlrl.cli.settings import add_settings, on_ranks, read_settings
@@ -32,28 +31,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(config: Config) -> str:
-    from functools import partial
-
-    from megatron_vlrl.data.loader import held_out
     from megatron_vlrl.models.qwen3_vl.render import Renderer
     from megatron_vlrl.parallel.collectives import world_group
     from megatron_vlrl.parallel.groups import ProcessGroups
-    from megatron_vlrl.rollout.engines import judge_config, make_engine
-    from megatron_vlrl.rollout.evaluate import evaluate
-    from megatron_vlrl.rollout.sampling import sampling_for
+    from megatron_vlrl.rollout.held_out import HeldOut
     from megatron_vlrl.runtime.process import joined
-    from megatron_vlrl.tasks.reward import reward_group
 
     world = world_from_env(os.environ)
     with joined(world, timeout_seconds=config.parallel.timeout_seconds, threads=config.run.threads):
         renderer = Renderer(Path(config.model.path), config.data.max_prompt_tokens)
-        engine = make_engine(judge_config(config), renderer)
-        samples = held_out(Path(config.evaluate.data), config.evaluate.per_task)
-        prompts = [renderer.render(sample) for sample in samples]
-        sampling = sampling_for(config.rollout, renderer, seed=config.run.seed)
-        sampling = replace(sampling, n=1, temperature=config.evaluate.temperature)
-        groups = ProcessGroups.replicas(world_group())
-        result = evaluate(engine, prompts, sampling, partial(reward_group, config=config.reward), groups)
+        result = HeldOut(config, renderer, ProcessGroups.replicas(world_group()))()
         return _table(result.scores(), result.mean)
 
 

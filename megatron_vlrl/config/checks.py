@@ -26,6 +26,7 @@ AT_LEAST: Mapping[str, float] = {
     "algorithm.loss.importance_cap": 1,
     "algorithm.kl.coefficient": 0,
     "algorithm.entropy.coefficient": 0,
+    "algorithm.filter.refill_rounds": 0,
     "optimizer.lr": 0,
     "optimizer.weight_decay": 0,
     "optimizer.clip_norm": 0,
@@ -159,6 +160,25 @@ def kl(config: Config) -> Iterator[str]:
         )
 
 
+def quantize(config: Config) -> Iterator[str]:
+    """Steps over 0, of components that there are."""
+    for component, step in config.reward.quantize.items():
+        if component not in ("accuracy", "format", "length"):
+            yield f"reward.quantize has {component!r}; the components are accuracy, format and length"
+        if step <= 0:
+            yield f"reward.quantize.{component} is {step}; use a step over 0, or leave it out"
+
+
+def sampler(config: Config) -> Iterator[str]:
+    """Demonstrations were drawn from no policy, so nothing can correct for one."""
+    importance = config.algorithm.loss.importance
+    if config.rollout.engine == "demonstrations" and importance != "none":
+        yield (
+            f"rollout.engine=demonstrations has no sampler's log-probs, but algorithm.loss.importance={importance} "
+            "needs them; set it to none"
+        )
+
+
 def entropy_bands(config: Config) -> Iterator[str]:
     """0 <= min <= max, and some where the term is on."""
     entropy = config.algorithm.entropy
@@ -201,6 +221,8 @@ CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     reward_weights,
     length_bands,
     kl,
+    quantize,
+    sampler,
     entropy_bands,
     optimizer,
     early_stop,

@@ -82,6 +82,8 @@ class RewardConfig:
     length_bands: Mapping[str, tuple[float, float, float, float]] = field(default_factory=dict)
     length_unit: Literal["token", "char"] = "token"  # what bands count
     length_only_if_correct: bool = False  # no length reward below accuracy 0.5
+    # component -> step: in the total, its values are rounded to multiples, as ranks see any difference, however small
+    quantize: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +92,15 @@ class AdvantageConfig:
 
     kind: str = "g2rpo"  # a name in algorithms.ADVANTAGES
     options: Mapping[str, Any] = field(default_factory=dict)
+    task_key: str = ""  # the metadata field by which rollouts are ranked together; empty: their task
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterConfig:
+    """Dynamic filtering: groups that can teach nothing are dropped before the ranking, and others drawn instead."""
+
+    rule: Literal["off", "std", "mean_band"] = "off"  # a name in algorithms.filtering.FILTERS, on the accuracy
+    refill_rounds: int = 4  # further rounds of rollouts that a step may take to fill up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +111,7 @@ class LossConfig:
     options: Mapping[str, Any] = field(default_factory=dict)
     aggregation: Literal["sequence_mean", "token_mean", "constant"] = "sequence_mean"  # of the tokens' losses
     # weight of a token for what sampler and trainer differ in
-    importance: Literal["none", "token_tis", "sequence_mask"] = "none"
+    importance: Literal["none", "token_tis", "sequence_mask"] = "token_tis"
     importance_cap: float = 2.0  # token_tis: the greatest weight; sequence_mask: kept from 1 / cap to cap
 
 
@@ -111,7 +122,7 @@ class KLConfig:
     coefficient: float = 0.0  # weight of the term in the loss
     by_task: Mapping[str, float] = field(default_factory=dict)  # task -> its own coefficient
     estimator: Literal["k1", "k2", "k3"] = "k3"
-    # frozen: the weights at the run's start; ema: these, moved towards the policy after every step
+    # frozen: the weights of model.path; ema: these, moved towards the policy after every step
     reference: Literal["none", "frozen", "ema"] = "none"
     decay: float = 0.99  # ema: the share of the reference that a step keeps
 
@@ -121,7 +132,7 @@ class EntropyConfig:
     """Entropy shaping; coefficient 0 turns it off."""
 
     coefficient: float = 0.0  # weight of the term in the loss
-    estimator: Literal["full", "nll"] = "full"
+    estimator: Literal["full", "nll", "score"] = "full"
     bands: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # task -> min, max in nats
 
 
@@ -129,6 +140,7 @@ class EntropyConfig:
 class AlgorithmConfig:
     """What is optimised."""
 
+    filter: FilterConfig = field(default_factory=FilterConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     kl: KLConfig = field(default_factory=KLConfig)

@@ -36,6 +36,10 @@ class PromptLoader:
         prompts = [self._prompt(item) for item in self._stream.next(count)]
         return [prompt for prompt in prompts if prompt is not None]
 
+    def at(self, position: int) -> Prompt:
+        """The prompt of a position that was drawn before, on any rank; the cursor stays. Raises SampleError."""
+        return self._render(self._stream.at(position))
+
     def state(self) -> dict[str, Any]:
         """JSON-like: the stream's state and the samples skipped so far."""
         return {"stream": self._stream.state(), "bad": dict(self.bad)}

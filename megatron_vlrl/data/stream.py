@@ -77,6 +77,10 @@ class SampleStream:
             if position % self._world == self._rank
         ]
 
+    def at(self, position: int) -> Sample:
+        """The sample at a position of the global order; the cursor stays. Raises SampleError if it is damaged."""
+        return self._reader.read(self._order.samples(position, 1)[0], position)
+
     def state(self) -> dict[str, Any]:
         """JSON-like, the same on every rank: the cursor and what must not change while it means anything."""
         return {"cursor": self._cursor, **self._identity}

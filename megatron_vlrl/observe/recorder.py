@@ -12,7 +12,7 @@ from megatron_vlrl.config.schema import ObserveConfig
 from megatron_vlrl.observe.metrics import MetricsWriter
 from megatron_vlrl.observe.progress import Progress
 from megatron_vlrl.observe.records import EvaluationLog, RolloutLog
-from megatron_vlrl.types import RewardBreakdown, RolloutGroup, StepStats
+from megatron_vlrl.types import ScoredGroup, StepStats
 
 
 class Recorder:
@@ -38,15 +38,14 @@ class Recorder:
     def rollouts(
         self,
         step: int,
-        groups: Sequence[RolloutGroup],
-        rewards: Sequence[Sequence[RewardBreakdown]],
+        groups: Sequence[ScoredGroup],
         advantages: Sequence[NDArray[np.float64]],
     ) -> None:
         """Keep the first groups of every `rollouts_every`-th step, and of the first."""
         every = self._config.rollouts_every
         if step == 1 or (every and step % every == 0):
             kept = self._config.rollouts_kept
-            self._rollouts.write(step, groups[:kept], rewards[:kept], advantages[:kept])
+            self._rollouts.write(step, groups[:kept], advantages[:kept])
 
     def evaluation(self, step: int, label: str, tasks: Mapping[str, Mapping[str, float]], temperature: float) -> None:
         """Write one evaluation."""

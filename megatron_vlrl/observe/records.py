@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_vlrl.observe import jsonl
-from megatron_vlrl.types import RewardBreakdown, Rollout, RolloutGroup, Sample
+from megatron_vlrl.types import RewardBreakdown, Rollout, Sample, ScoredGroup
 
 ROLLOUTS_FILE = "rollouts.jsonl"
 IMAGES_FOLDER = "rollouts"
@@ -52,14 +52,13 @@ class RolloutLog:
     def write(
         self,
         step: int,
-        groups: Sequence[RolloutGroup],
-        rewards: Sequence[Sequence[RewardBreakdown]],
+        groups: Sequence[ScoredGroup],
         advantages: Sequence[NDArray[np.float64]],
     ) -> None:
-        """One line a group; rewards and advantages hold one entry for each of its rollouts, in their order."""
-        for group, group_rewards, group_advantages in zip(groups, rewards, advantages, strict=True):
-            sample = group.prompt.sample
-            rows = zip(group.rollouts, group_rewards, group_advantages, strict=True)
+        """One line a group; advantages hold one entry for each of its rollouts, in their order."""
+        for one, group_advantages in zip(groups, advantages, strict=True):
+            sample = one.group.prompt.sample
+            rows = zip(one.group.rollouts, one.rewards, group_advantages, strict=True)
             record = {
                 "step": step,
                 "key": sample.key,

@@ -23,7 +23,7 @@ _SHOWN_STEPS = 12  # steps whose rollouts are shown: the first, the last and som
 
 Record = Mapping[str, Any]
 _CURVES = {
-    "length": "Response length, tokens",
+    "response_length": "Response length, tokens",
     "entropy": "Entropy, nats a token",
     "mismatch_kl": "KL of sampler to trainer",
     "grad_norm": "Gradient norm",

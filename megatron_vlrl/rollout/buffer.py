@@ -79,6 +79,6 @@ class Intake:
         """
         if self._config.rule == "off":
             return {}
-        short = max(0, self._wanted - len(self._buffer))
+        short = max(0, self._wanted - self._carried - self._counts["kept"])
         extra = {"carried": self._carried, "rounds": len(self.tables), "short": short}
         return {f"filter/{name}": float(value) for name, value in (self._counts | extra).items()}

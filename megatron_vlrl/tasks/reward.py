@@ -23,6 +23,7 @@ def reward_group(group: RolloutGroup, config: RewardConfig) -> tuple[RewardBreak
     total = (1 - w_format - w_length) * accuracy + w_format * format + w_length * length. Accuracy needs the
     format: a response that `parse_answer` cannot read has no answer, so both are 0. The length component is there
     when it has a weight and the task a band; without one its weight stays with accuracy.
+    In the total, components named in `quantize` count rounded to multiples of their step; they are reported as they are.
     A verifier that raises, gives no number in [0, 1], or has no valid gold gives a failure with total NaN.
     """
     sample = group.prompt.sample
@@ -58,8 +59,13 @@ def _reward(
         components["length"] = length_reward(
             size, band, accuracy=verdict, only_if_correct=config.length_only_if_correct
         )
-    total = sum(weight * components[name] for name, weight in weights.items())
+    counted = {name: _rounded(value, config.quantize.get(name, 0.0)) for name, value in components.items()}
+    total = sum(weight * counted[name] for name, weight in weights.items())
     return RewardBreakdown(components=components, weights=weights, total=total)
+
+
+def _rounded(value: float, step: float) -> float:
+    return round(value / step) * step if step else value
 
 
 def _accuracy(task: Task, answer: Answer | None, sample: Sample) -> float:

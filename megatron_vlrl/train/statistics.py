@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from megatron_vlrl.algorithms.decided import deciding_component
 from megatron_vlrl.backends.protocol import UpdateResult
+from megatron_vlrl.config.schema import RewardConfig
 from megatron_vlrl.train.quantiles import ratio_quantile
 from megatron_vlrl.types import AdvantageResult, Mean, RewardTable
 
@@ -21,6 +22,35 @@ _PERCENTILES = (5, 50, 95)  # of advantages
 _SHARES = {"p01": 0.01, "p99": 0.99}  # of ratios
 # What a token loss sums that is not a mean over the tokens that count.
 _NO_TOKEN_MEAN = ("loss", "tokens", "fresh", "mismatch_kl", "ratios", "mismatches")
+
+
+def step_means(
+    drawn: Sequence[RewardTable],
+    table: RewardTable,
+    advantages: AdvantageResult,
+    updates: Sequence[UpdateResult],
+    reward: RewardConfig,
+) -> Means:
+    """Every mean of a step. drawn: the rewards of all that was written for it; table: of the batch that it trained."""
+    bands = reward.length_bands if reward.length_unit == "token" else {}
+    return (
+        reward_means(drawn)
+        | envelope_means(drawn, bands)
+        | advantage_means(table, advantages)
+        | update_means(updates, table.task_names)
+    )
+
+
+def step_scalars(table: RewardTable, advantages: AdvantageResult, updates: Sequence[UpdateResult]) -> dict[str, float]:
+    """What a step reports besides means: extremes, percentiles and counts, by task."""
+    return advantage_scalars(table, advantages) | update_scalars(updates, table.task_names)
+
+
+def why_skipped(updates: Sequence[UpdateResult]) -> str | None:
+    """Why a step's updates left the weights as they were; None if none did."""
+    if not updates:
+        return "no group has rewards that differ"
+    return "; ".join(update.skipped for update in updates if update.skipped) or None
 
 
 def reward_means(tables: Sequence[RewardTable]) -> Means:
@@ -43,7 +73,7 @@ def _of_rewards(table: RewardTable) -> Iterator[tuple[str, Mean]]:
             yield f"{component}/{task}", _mean(table.components[rows, number])
 
 
-def band_means(tables: Sequence[RewardTable], bands: Mapping[str, tuple[float, float, float, float]]) -> Means:
+def envelope_means(tables: Sequence[RewardTable], bands: Mapping[str, tuple[float, float, float, float]]) -> Means:
     """The share of each task's responses that are shorter, and longer, than the flat part of its length envelope.
 
     bands: task -> min, low, high, max in tokens.
@@ -93,6 +123,8 @@ def advantage_scalars(table: RewardTable, advantages: AdvantageResult) -> dict[s
 def update_means(updates: Sequence[UpdateResult], task_names: Sequence[str]) -> Means:
     """Means over the tokens of all updates; `mismatch_kl`, of sampler to trainer, over those tokens of the first one
     that the weights at the step's start wrote."""
+    if not updates:
+        return {}
     total = _totals(updates)
     means: Means = {}
     for name in total.keys() - set(_NO_TOKEN_MEAN):
@@ -105,10 +137,13 @@ def update_means(updates: Sequence[UpdateResult], task_names: Sequence[str]) -> 
 
 
 def update_scalars(updates: Sequence[UpdateResult], task_names: Sequence[str]) -> dict[str, float]:
-    """Percentiles by task of pi / pi_old over all updates, and of trainer / sampler over the first one's fresh
-    tokens."""
+    """Percentiles by task of pi / pi_old over all updates, and of trainer / sampler over the first one's fresh tokens,
+    with the greatest difference of their log-probs."""
+    if not updates:
+        return {}
     ratios, mismatches = _totals(updates)["ratios"], updates[0].sums["mismatches"]
-    return {
+    greatest = {"mismatch_max": updates[0].maxima["drift"]} if updates[0].sums["fresh"].any() else {}
+    return greatest | {
         f"{family}_{name}/{task}": ratio_quantile(counts[number], share)
         for family, counts in (("ratio", ratios), ("mismatch_ratio", mismatches))
         for number, task in enumerate(task_names)

@@ -45,6 +45,7 @@ def token_loss(
         marks["reference_kl"] = ESTIMATORS["k3"](now, targets.reference_log_probs)
     if algorithm.entropy.coefficient:
         loss = loss + (targets.entropy_weights * entropy_surrogate(log_probs, entropies, algorithm)).sum()
+        marks["entropy_side"] = targets.entropy_weights.sign()  # of the task's band: +1 above, -1 below
     marks["policy_kl"] = ESTIMATORS["k3"](old, now)
     return loss, _report(targets, marks, now, entropies.detach(), old, tasks)
 

@@ -44,20 +44,15 @@ class Updater:
             updates = [self._with_scores(batches, "reference_log_probs", reference=True) for batches in updates]
         return updates
 
-    def update(
-        self, batches: Sequence[Microbatch], algorithm: AlgorithmConfig, lr: float
-    ) -> tuple[UpdateResult, dict[str, int]]:
-        """One update at learning rate `lr`; and on which side of its entropy band each task was: +1, 0 or -1."""
-        sides = dict.fromkeys(self.task_names, 0)
+    def update(self, batches: Sequence[Microbatch], algorithm: AlgorithmConfig, lr: float) -> UpdateResult:
+        """One update at learning rate `lr`, entropy shaping included."""
         if algorithm.entropy.coefficient:
-            sides, weights = self._entropy_weights(batches, algorithm)
+            weights = self._entropy_weights(batches, algorithm)
             batches = [_with_entropy_weights(batch, weights) for batch in batches]
         loss = partial(token_loss, algorithm=algorithm, tasks=len(self.task_names))
-        return self.backend.train_step(batches, loss, lr), sides
+        return self.backend.train_step(batches, loss, lr)
 
-    def _pack(
-        self, members: Sequence[TrainGroup], algorithm: AlgorithmConfig, version: int | None
-    ) -> list[Microbatch]:
+    def _pack(self, members: Sequence[TrainGroup], algorithm: AlgorithmConfig, version: int | None) -> list[Microbatch]:
         """Packed rows of at most `microbatch_tokens`; at least one, as every rank takes part in an update."""
         members = list(members) or [filler()]
         tokens = [packed_tokens(member.group) for member in members]
@@ -74,9 +69,7 @@ class Updater:
             batches.append(batch.with_targets(replace(targets, kl_weights=kl_weights)))
         return batches
 
-    def _with_scores(
-        self, batches: Sequence[Microbatch], name: str, *, reference: bool = False
-    ) -> list[Microbatch]:
+    def _with_scores(self, batches: Sequence[Microbatch], name: str, *, reference: bool = False) -> list[Microbatch]:
         """The batches with their log-probs at the weights now, or under the reference, as the targets' `name`."""
         scores = self.backend.score(batches, reference=reference)
         return [
@@ -84,11 +77,9 @@ class Updater:
             for batch, score in zip(batches, scores, strict=True)
         ]
 
-    def _entropy_weights(
-        self, batches: Sequence[Microbatch], algorithm: AlgorithmConfig
-    ) -> tuple[dict[str, int], Tensor]:
-        """Each task's side of its band, from the means over all ranks at the weights now; and the weight of its
-        tokens' entropy, Float[Tensor, "tasks"]."""
+    def _entropy_weights(self, batches: Sequence[Microbatch], algorithm: AlgorithmConfig) -> Tensor:
+        """The weight of each task's tokens' entropy, Float[Tensor, "tasks"]: its side of its band is settled from the
+        means over all ranks at the weights now."""
         tasks = len(self.task_names)
         totals = np.zeros((2, tasks))
         for batch, score in zip(batches, self.backend.score(batches), strict=True):
@@ -99,7 +90,7 @@ class Updater:
         sums, counts = (dict(zip(self.task_names, row.tolist(), strict=True)) for row in totals)
         sides = entropy_sides(sums, counts, algorithm.entropy.bands)
         weights = entropy_weights(sides, counts, algorithm.entropy.coefficient)
-        return sides, torch.tensor([weights[name] for name in self.task_names], dtype=torch.float32)
+        return torch.tensor([weights[name] for name in self.task_names], dtype=torch.float32)
 
 
 def kl_coefficient(algorithm: AlgorithmConfig, task: str) -> float:
@@ -111,6 +102,11 @@ def uses_reference(algorithm: AlgorithmConfig) -> bool:
     """Whether any task's divergence from a reference is part of the loss."""
     coefficients = (algorithm.kl.coefficient, *algorithm.kl.by_task.values())
     return algorithm.kl.reference != "none" and any(coefficients)
+
+
+def looks_at_every_token(algorithm: AlgorithmConfig) -> bool:
+    """Whether the loss depends on tokens whose advantage is 0."""
+    return bool(algorithm.entropy.coefficient) or uses_reference(algorithm)
 
 
 def _with_entropy_weights(batch: Microbatch, by_task: Tensor) -> Microbatch:
@@ -131,8 +127,7 @@ def _targets(members: Sequence[TrainGroup], version: int | None) -> Targets:
         return torch.tensor(values, dtype=torch.float32).repeat_interleave(lengths)
 
     fresh = [
-        float(member.counted and member.group.rollouts[number].weight_version == version)
-        for member, number in rollouts
+        float(member.counted and member.group.rollouts[number].weight_version == version) for member, number in rollouts
     ]
     weights = spread([float(member.weights[number]) for member, number in rollouts])
     return Targets(
