@@ -193,12 +193,15 @@ def make_microbatches(
         places = torch.cat([torch.arange(starts[index], starts[index + 1]) for index in cut])
         weights = reference.weights[places]
         targets = Targets(
+            rollout_log_probs=reference.old[places],
             old_log_probs=reference.old[places],
             advantages=reference.advantages[places],
             weights=weights,
             entropy_weights=ENTROPY_WEIGHT * weights,
+            kl_weights=torch.zeros(len(places)),
             task=torch.zeros(len(places), dtype=torch.long),
             counted=torch.ones(len(places)),
+            fresh=torch.ones(len(places)),
         )
         batches.append(pack([groups[index] for index in cut], multiple=multiple).with_targets(targets))
     return batches

@@ -38,12 +38,15 @@ def microbatch(renderer: Any, lengths: list[int], count: int, multiple: int) -> 
     number = len(batch.target_ids)
     zeros = torch.zeros(number)
     targets = Targets(
+        rollout_log_probs=zeros,
         old_log_probs=zeros,
         advantages=zeros + 1,
         weights=zeros + 1 / number,
         entropy_weights=zeros,
+        kl_weights=zeros,
         task=torch.zeros(number, dtype=torch.long),
         counted=zeros + 1,
+        fresh=zeros + 1,
     )
     prompt = groups[0].prompt
     row = Row(

@@ -45,7 +45,9 @@ def table_and_advantages() -> tuple[RewardTable, AdvantageResult]:
         task=task,
         total=np.zeros(len(rows)),
         components=np.zeros((len(rows), 0)),
+        weights=np.zeros((len(rows), 0)),
         length=length,
+        peers=np.array(TASKS)[task],
         task_names=TASKS,
         component_names=(),
     )
@@ -59,14 +61,16 @@ def minibatches_of(
 ) -> list[Minibatch]:
     """Those of a rank that holds `positions`."""
     table, result = table_and_advantages()
-    rows = trains(table, result, every_token=every_token)
+    moving = trains(table, result, every_token=every_token)
+    moved = set(table.position[moving].tolist())
     return make_minibatches(
-        [group_at(position) for position in positions],
+        [group_at(position) for position in positions if position in moved],
         table,
         result,
-        active=rows,
-        chosen=assign(table, rows, count, (7, 1)),
+        moving=moving,
+        chosen=assign(table, moving, count, (7, 1)),
         aggregation=aggregation,
+        constant=10,
     )
 
 
@@ -100,7 +104,9 @@ def many_groups() -> RewardTable:
         task=task,
         total=np.zeros(n),
         components=np.zeros((n, 0)),
+        weights=np.zeros((n, 0)),
         length=np.ones(n, dtype=np.int64),
+        peers=np.array(TASKS)[task],
         task_names=TASKS,
         component_names=(),
     )
@@ -140,31 +146,33 @@ def test_the_deal_depends_on_the_key_alone() -> None:
     assert len(first) > 1
 
 
-def test_groups_that_do_not_train_are_not_dealt() -> None:
-    table, result = table_and_advantages()
-    chosen = assign(table, trains(table, result, every_token=False), 3, (0,))
-    assert sorted(chosen) == [position for position in GROUPS if position != 6]
+def test_those_that_move_are_dealt_before_the_others() -> None:
+    """So that no update is left with groups that teach nothing."""
+    table = many_groups()
+    moving = np.isin(table.position, table.position[table.task == 0][:16])  # 8 groups of the first task
+    for step in range(5):
+        chosen = assign(table, moving, 4, (0, step))
+        dealt = Counter(chosen[position] for position in np.unique(table.position[moving]).tolist())
+        assert sorted(dealt.values()) == [2, 2, 2, 2]
+        assert set(chosen) == set(table.position.tolist())
 
 
-@pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean"])
-@pytest.mark.parametrize("every_token", [False, True])
+@pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean", "constant"])
 @pytest.mark.parametrize("split", [[list(GROUPS)], [[20, 3, 6, 12], [17, 9], [], [13, 4]]])
-def test_weights_of_a_minibatch_sum_to_one_over_all_ranks(
-    split: list[list[int]], every_token: bool, aggregation: str
-) -> None:
-    ranks = [minibatches_of(positions, every_token=every_token, aggregation=aggregation) for positions in split]
-    whole = minibatches_of(list(GROUPS), every_token=every_token, aggregation=aggregation)
-    expected = {p for p in GROUPS if every_token or p != 6}
+def test_weights_of_a_minibatch_sum_to_one_over_all_ranks(split: list[list[int]], aggregation: str) -> None:
+    """Where every token counts; else what uniform groups would have is missing from the sum."""
+    ranks = [minibatches_of(positions, every_token=True, aggregation=aggregation) for positions in split]
+    whole = minibatches_of(list(GROUPS), every_token=True, aggregation=aggregation)
     seen = []
     for parts, total in zip(zip(*ranks, strict=True), whole, strict=True):
         members = [member for part in parts for member in part.groups]
-        weight = sum(
-            float(member.weights[number]) * len(rollout.token_ids)
+        shares = [
+            float(member.weights[number]) * (10 if aggregation == "constant" else len(rollout.token_ids))
             for member in members
             for number, rollout in enumerate(member.group.rollouts)
-        )
-        assert weight == pytest.approx(1.0, rel=1e-12)
-        assert {part.responses for part in parts} == {total.responses}
+        ]
+        assert sum(shares) == pytest.approx(1.0, rel=1e-12)
+        assert {part.trained for part in parts} == {total.trained}
         theirs = {member.group.prompt.sample.position: member for member in total.groups}
         for member in members:
             position = member.group.prompt.sample.position
@@ -172,47 +180,57 @@ def test_weights_of_a_minibatch_sum_to_one_over_all_ranks(
             assert member.weights.tolist() == theirs[position].weights.tolist()
             task, _, advantages = GROUPS[position]
             assert (member.task, member.advantages.tolist()) == (task, advantages)
-    assert sorted(seen) == sorted(expected)
+    assert sorted(seen) == sorted(GROUPS)
 
 
-@pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean"])
-def test_weights_are_the_shares_of_the_global_minibatch(aggregation: str) -> None:
-    (minibatch,) = minibatches_of(list(GROUPS), count=1, aggregation=aggregation)
-    kept = [
+@pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean", "constant"])
+@pytest.mark.parametrize("every_token", [False, True])
+def test_weights_are_the_shares_of_the_global_minibatch(every_token: bool, aggregation: str) -> None:
+    """A uniform group is in the denominators whether it is computed or not: leaving it out changes no result."""
+    (minibatch,) = minibatches_of(list(GROUPS), count=1, every_token=every_token, aggregation=aggregation)
+    counted = [
         (position, number, length)
         for position, (_, lengths, _) in GROUPS.items()
         for number, length in enumerate(lengths)
-        if position != 6 and (position, number) != DROPPED
+        if (position, number) != DROPPED
     ]
-    assert minibatch.responses == len(kept)
-    tokens = sum(length for _, _, length in kept)
-    shares = {
-        (position, number): 1 / tokens if aggregation == "token_mean" else 1 / (len(kept) * length)
-        for position, number, length in kept
-    }
+    tokens = sum(length for _, _, length in counted)
+    share = {
+        "sequence_mean": lambda length: 1 / (len(counted) * length),
+        "token_mean": lambda length: 1 / tokens,
+        "constant": lambda length: 1 / (len(counted) * 10),
+    }[aggregation]
+    shares = {(position, number): share(length) for position, number, length in counted}
+    assert [m.group.prompt.sample.position for m in minibatch.groups] == [p for p in GROUPS if every_token or p != 6]
+    assert minibatch.trained == len(counted) - (0 if every_token else 2)
     for member in minibatch.groups:
         for number, weight in enumerate(member.weights.tolist()):
             position = member.group.prompt.sample.position
             assert weight == pytest.approx(shares.get((position, number), 0.0), rel=1e-12, abs=0)
 
 
-def test_nothing_to_learn_is_no_minibatch() -> None:
+def test_no_groups_at_all_is_no_minibatch() -> None:
     table, result = table_and_advantages()
     none = np.zeros(len(table.position), dtype=bool)
-    groups = [group_at(position) for position in GROUPS]
-    assert make_minibatches(groups, table, result, active=none, chosen={}, aggregation="sequence_mean") == []
+    assert make_minibatches([], table, result, moving=none, chosen={}, aggregation="token_mean", constant=1) == []
 
 
-def test_a_minibatch_of_failed_rewards_says_that_it_is_empty() -> None:
+def test_a_minibatch_of_which_nothing_moves_says_so() -> None:
     table, result = table_and_advantages()
     failed = AdvantageResult(
         values=result.values, uniform=result.uniform, tied=result.tied, dropped=table.position == 9
     )
-    chosen = {9: 0, 3: 1}
-    rows = np.isin(table.position, [3, 9])
-    groups = [group_at(3), group_at(9)]
-    first, second = make_minibatches(groups, table, failed, active=rows, chosen=chosen, aggregation="token_mean")
-    assert (first.responses, second.responses) == (0, 2)
+    moving = np.isin(table.position, [3, 9])
+    first, second, third = make_minibatches(
+        [group_at(3), group_at(9)],
+        table,
+        failed,
+        moving=moving,
+        chosen={9: 0, 3: 1, 6: 2},
+        aggregation="token_mean",
+        constant=1,
+    )
+    assert (first.trained, second.trained, third.trained) == (0, 2, 0)
     assert first.groups[0].weights.tolist() == [0.0]
 
 

@@ -21,7 +21,7 @@ from megatron_vlrl.observe.records import (
     read_evaluations,
     read_rollouts,
 )
-from megatron_vlrl.types import Mean, RewardBreakdown, RewardFailure, StepStats
+from megatron_vlrl.types import Mean, RewardBreakdown, RewardFailure, ScoredGroup, StepStats
 from tests.fake_run import PNG, group, rewards, stats
 
 
@@ -157,7 +157,7 @@ def test_rollouts_keep_images_rewards_and_advantages(tmp_path: Path) -> None:
         components={}, weights={}, total=float("nan"), failure=RewardFailure(kind="timeout", message="5 s")
     )
     first = group("count-1", texts=("3", "4"))
-    log.write(2, [first], [[rewards(1.0), failed]], [np.array([0.5, 0.0])])
+    log.write(2, [ScoredGroup(group=first, rewards=(rewards(1.0), failed))], [np.array([0.5, 0.0])])
     (record,) = read_rollouts(tmp_path)
     assert (record["step"], record["key"], record["task"], record["answer"]) == (2, "count-1", "count", "3")
     assert record["images"] == ["rollouts/count-1-0.png"]
@@ -172,14 +172,15 @@ def test_rollouts_keep_images_rewards_and_advantages(tmp_path: Path) -> None:
 
 def test_rollouts_of_unequal_numbers_are_refused(tmp_path: Path) -> None:
     log = RolloutLog(tmp_path, resume_step=None)
+    scored = ScoredGroup(group=group("a", texts=("1", "2")), rewards=(rewards(1.0), rewards(0.0)))
     with pytest.raises(ValueError, match="argument"):
-        log.write(0, [group("a", texts=("1", "2"))], [[rewards(1.0)]], [np.zeros(2)])
+        log.write(0, [scored], [np.zeros(1)])
 
 
 def test_records_are_cut_on_resume(tmp_path: Path) -> None:
     log, evaluation = RolloutLog(tmp_path, resume_step=None), EvaluationLog(tmp_path, resume_step=None)
     for step in range(4):
-        log.write(step, [group(f"k{step}", texts=("1",))], [[rewards(1.0)]], [np.zeros(1)])
+        log.write(step, [ScoredGroup(group=group(f"k{step}", texts=("1",)), rewards=(rewards(1.0),))], [np.zeros(1)])
         evaluation.write(step, "during", {"count": {"accuracy": 0.5, "count": 4, "half_width": 0.49}}, 0.0)
     RolloutLog(tmp_path, resume_step=2)
     EvaluationLog(tmp_path, resume_step=1)

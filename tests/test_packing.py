@@ -81,7 +81,14 @@ def test_targets_must_fit_the_row() -> None:
     row = pack([make_group(0, [2, 3])])
     short = torch.zeros(4)
     targets = Targets(
-        old_log_probs=short, advantages=short, weights=short, entropy_weights=short, task=short.long(), counted=short
+        rollout_log_probs=short,
+        advantages=short,
+        weights=short,
+        entropy_weights=short,
+        kl_weights=short,
+        task=short.long(),
+        counted=short,
+        fresh=short,
     )
     with pytest.raises(ValueError, match="4 tokens, the row has 5"):
         row.with_targets(targets)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch.distributed as dist
 
 from megatron_vlrl.parallel.collectives import gather_objects
 from megatron_vlrl.parallel.groups import Group
-from megatron_vlrl.train.rewards import Rewards, gather_table, score_groups
-from megatron_vlrl.types import RewardBreakdown, RewardFailure, RewardTable, RolloutGroup
+from megatron_vlrl.errors import DataError
+from megatron_vlrl.train.rewards import gather_table, score_groups
+from megatron_vlrl.types import RewardBreakdown, RewardFailure, RewardTable, RolloutGroup, ScoredGroup
 from tests.groups import make_group
 from tests.spawn import run_ranks
 
+Rewards = tuple[RewardBreakdown, ...]
 TASKS = ("count", "read", "unseen")
 LENGTHS = {7: [3, 1], 2: [4, 4, 2], 30: [1], 11: [2, 5, 3], 5: [6, 1]}
 # Which positions each rank holds, in its order of arrival; one split leaves a rank empty.
@@ -39,7 +42,7 @@ def reward(group: RolloutGroup) -> Rewards:
         rewards.append(
             RewardBreakdown(
                 components={} if failed else components,
-                weights={},
+                weights={"accuracy": 0.9, f"only {task}": 0.1 + position},
                 total=math.nan if failed else position / 3 + number / 11,
                 failure=RewardFailure(kind="timeout", message="late") if failed else None,
             )
@@ -48,8 +51,11 @@ def reward(group: RolloutGroup) -> Rewards:
 
 
 def table_of(positions: Sequence[int], data: Group) -> RewardTable:
-    groups = groups_at(positions)
-    return gather_table(groups, [reward(group) for group in groups], data, TASKS)
+    return gather_table(scored_at(positions), data, TASKS)
+
+
+def scored_at(positions: Sequence[int]) -> list[ScoredGroup]:
+    return [ScoredGroup(group=group, rewards=reward(group)) for group in groups_at(positions)]
 
 
 def tables_over_ranks() -> list[RewardTable]:
@@ -68,7 +74,7 @@ def test_the_table_is_the_same_for_every_split() -> None:
     everywhere = run_ranks(tables_over_ranks, 3)
     assert [len(tables) for tables in everywhere] == [5, 5, 2]
     for table in (table for tables in everywhere for table in tables):
-        for name in ("position", "rollout", "task", "total", "components", "length"):
+        for name in ("position", "rollout", "task", "total", "components", "weights", "length", "peers"):
             mine, theirs = getattr(whole, name), getattr(table, name)
             assert mine.dtype == theirs.dtype
             assert mine.tobytes() == theirs.tobytes(), name
@@ -88,16 +94,50 @@ def test_rows_are_ordered_and_hold_what_the_rewards_say() -> None:
         if (position, number) == (11, 1):
             assert np.isnan(table.total[row])
             assert np.isnan(table.components[row]).all()
+            assert not table.weights[row].any()
         else:
             assert table.total[row] == expected.total
             values = [expected.components.get(name, math.nan) for name in table.component_names]
             np.testing.assert_array_equal(table.components[row], values)
+            weights = [expected.weights.get(name, 0.0) for name in table.component_names]
+            assert table.weights[row].tolist() == weights
+        assert table.peers[row] == group.prompt.sample.task
 
 
 def test_no_rewards_anywhere_is_an_empty_table() -> None:
-    table = gather_table([], [], Group.single(), TASKS)
+    table = gather_table([], Group.single(), TASKS)
     assert len(table.position) == 0
     assert table.components.shape == (0, 0)
+
+
+def test_rows_are_ranked_with_those_of_the_same_metadata_field() -> None:
+    scored = [with_meta(one, {"domain": f"d{one.position % 3}"}) for one in scored_at(list(LENGTHS))]
+    table = gather_table(scored, Group.single(), TASKS, task_key="domain")
+    assert table.peers.tolist() == [f"d{position % 3}" for position in table.position.tolist()]
+    assert table.task.tolist() == [position % 2 for position in table.position.tolist()]
+
+
+def with_meta(one: ScoredGroup, meta: dict[str, str]) -> ScoredGroup:
+    sample = replace(one.group.prompt.sample, meta=meta)
+    return replace(one, group=replace(one.group, prompt=replace(one.group.prompt, sample=sample)))
+
+
+def missing_on_one_rank() -> str:
+    data = Group(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
+    scored = [with_meta(one, {"domain": "a"} if data.rank else {"source": "b"}) for one in scored_at([7])]
+    try:
+        gather_table(scored, data, TASKS, task_key="domain")
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+def test_a_sample_without_the_field_is_named_on_every_rank() -> None:
+    first, second = run_ranks(missing_on_one_rank, 2)
+    assert first == second
+    assert "task_key is 'domain'" in first
+    assert "'read-7'" in first
+    assert "['source']" in first
 
 
 def score_on_replica() -> tuple[list[int], list[Rewards]]:
@@ -110,7 +150,7 @@ def score_on_replica() -> tuple[list[int], list[Rewards]]:
 
     replica = Group(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
     groups = groups_at(list(LENGTHS))
-    rewards = score_groups(groups, counting, replica)
+    rewards = [one.rewards for one in score_groups(groups, counting, replica)]
     assert gather_objects(len(score_groups(groups[:1], reward, replica)), replica) == [1] * replica.size
     return seen, rewards
 

@@ -123,10 +123,9 @@ def ours(folder: Path, groups: Sequence[RolloutGroup]) -> Callable[[str], object
         sampling=sampling,
         seed=0,
     )
-    algorithm = AlgorithmConfig(loss=LossConfig(aggregation="token_mean"))
+    algorithm = AlgorithmConfig(loss=LossConfig(aggregation="token_mean", importance="none"))
     updater = Updater(
         backend=build_backend(options),
-        algorithm=algorithm,
         task_names=("bench",),
         microbatch_tokens=16384,
         cost=packed_tokens,
@@ -135,7 +134,12 @@ def ours(folder: Path, groups: Sequence[RolloutGroup]) -> Callable[[str], object
         "grouped": train_groups(groups),
         "single": train_groups([one for group in groups for one in split(group)]),
     }
-    return lambda kind: updater.update(updater.pack(members[kind]), 1e-4)
+
+    def update(kind: str) -> object:
+        (batches,) = updater.prepare([members[kind]], algorithm, version=None)
+        return updater.update(batches, algorithm, 1e-4)
+
+    return update
 
 
 def split(group: RolloutGroup) -> list[RolloutGroup]:

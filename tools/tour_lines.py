@@ -15,7 +15,6 @@ from megatron_vlrl.backends.protocol import TokenScores, UpdateResult
 from megatron_vlrl.data.manifest import load, load_index
 from megatron_vlrl.packing import Microbatch
 from megatron_vlrl.train.minibatches import Minibatch
-from megatron_vlrl.train.rewards import Rewards
 from megatron_vlrl.types import AdvantageResult, Prompt, RewardBreakdown, RewardTable, RolloutGroup, Sample, StepStats
 
 
@@ -89,7 +88,7 @@ def of_prompt(prompt: Prompt, image_token: int) -> str:
     )
 
 
-def of_engine(group: RolloutGroup, rewards: Rewards, trainer: NDArray[np.float32]) -> str:
+def of_engine(group: RolloutGroup, rewards: Sequence[RewardBreakdown], trainer: NDArray[np.float32]) -> str:
     """What the model wrote by itself, and how far the trainer's log-probs are from the engine's."""
     engine = np.concatenate([rollout.log_probs for rollout in group.rollouts])
     close = float(abs(trainer - engine).max()) < 1e-4
@@ -116,7 +115,7 @@ def of_group(group: RolloutGroup) -> str:
     return aligned(rows)
 
 
-def of_rewards(rewards: Rewards) -> str:
+def of_rewards(rewards: Sequence[RewardBreakdown]) -> str:
     """The sum behind each total."""
 
     def terms(reward: RewardBreakdown) -> str:
@@ -168,8 +167,8 @@ def of_update(scores: TokenScores, update: UpdateResult, lr: float) -> str:
         [
             ("log-probs", f"{len(scores.log_probs)} tokens, mean {scores.log_probs.mean():.2f}"),
             ("entropies", f"mean {scores.entropies.mean():.2f} nats"),
-            ("loss", f"{abs(update.sums['loss']):.3f}"),  # 0 or -0: without its sign
-            ("clipped", f"{update.sums['clip_fraction']:.0f} of {update.sums['tokens']:.0f} tokens"),
+            ("loss", f"{abs(float(update.sums['loss'])):.3f}"),  # 0 or -0: without its sign
+            ("clipped", f"{update.sums['clip_fraction'].sum():.0f} of {update.sums['tokens'].sum():.0f} tokens"),
             ("gradient norm", f"{update.grad_norm:.2f}"),
             ("learning rate", f"{lr:g}"),
             ("skipped", "no" if update.skipped is None else update.skipped),
@@ -191,5 +190,5 @@ def of_weights(weights: Sequence[tuple[str, int]], changes: Sequence[float]) -> 
 
 def of_stats(stats: StepStats, task: str) -> str:
     """Some of the step's means, each with what it counted."""
-    names = (f"reward/{task}", f"accuracy/{task}", f"uniform/{task}", "length", "entropy", "clip_fraction", "grad_norm")
+    names = (f"reward/{task}", f"accuracy/{task}", f"uniform/{task}", "response_length", "entropy", "clip_fraction", "grad_norm")
     return aligned((name, f"{stats.means[name].value:.2f}, over {stats.means[name].count:g}") for name in names)

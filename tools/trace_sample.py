@@ -13,6 +13,7 @@ import argparse
 import sys
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -20,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from examples.quickstart import make_digits, make_model
-from megatron_vlrl.algorithms import advantages
 from megatron_vlrl.config.load import load
 from megatron_vlrl.config.schema import Config
 from megatron_vlrl.data.prepare import prepare
@@ -29,9 +29,11 @@ from megatron_vlrl.packing import pack
 from megatron_vlrl.runtime.launch import World
 from megatron_vlrl.runtime.process import joined
 from megatron_vlrl.runtime.seed import seed_all
-from megatron_vlrl.train.minibatches import assign, make_minibatches, trains
+from megatron_vlrl.tasks.reward import reward_group
+from megatron_vlrl.train.divide import divide
+from megatron_vlrl.train.estimate import estimate
 from megatron_vlrl.train.rewards import gather_table, score_groups
-from megatron_vlrl.train.statistics import table_means, update_means
+from megatron_vlrl.train.statistics import step_means
 from megatron_vlrl.types import Prompt, Rollout, RolloutGroup, StepStats
 from tools import tour_lines as lines
 from tools.pages import code_block, write_parts
@@ -52,26 +54,24 @@ def trace(config: Config) -> dict[str, str]:
     show["prompt"] = lines.of_prompt(prompt, run.renderer.spec.image_token_id)
 
     [own] = run.engine.generate([prompt], run.sampling)
-    show["engine"] = lines.of_engine(own, run.reward(own), trainer_log_probs(run, own))
+    reward = partial(reward_group, config=config.reward)
+    show["engine"] = lines.of_engine(own, reward(own), trainer_log_probs(run, own))
     groups = [written_group(run, prompt)]
     show["rollouts"] = lines.of_group(groups[0])
 
-    rewards = score_groups(groups, run.reward, run.groups.model)
-    show["rewards"] = lines.of_rewards(rewards[0])
-    table = gather_table(groups, rewards, run.groups.data, run.tasks)
-    result = advantages(table.total, table.task, table.position, config.algorithm.advantage.kind, table.components)
+    scored = score_groups(groups, reward, run.groups.model)
+    show["rewards"] = lines.of_rewards(scored[0].rewards)
+    table = gather_table(scored, run.groups.data, run.tasks)
+    result = estimate(table, config.algorithm.advantage, {})
     show["advantages"] = lines.of_table(table, result)
 
-    rows = trains(table, result, every_token=False)
-    chosen = assign(table, rows, config.train.minibatches, (config.run.seed, 0))
-    aggregation = config.algorithm.loss.aggregation
-    [minibatch] = make_minibatches(groups, table, result, active=rows, chosen=chosen, aggregation=aggregation)
-    show["minibatch"] = lines.of_minibatch(minibatch)
-    [row] = run.updater.pack(minibatch.groups)
+    division = divide(scored, table, result, config, step=0, cost=run.cost, data=run.groups.data)
+    show["minibatch"] = lines.of_minibatch(division.updates[0])
+    [[row]] = run.updater.prepare(division.updates, config.algorithm, version=0)
     show["row"] = lines.of_row(row)
 
     [before] = run.backend.score([row])
-    update = run.updater.update([row], config.optimizer.lr)
+    update = run.updater.update([row], config.algorithm, config.optimizer.lr)
     show["update"] = lines.of_update(before, update, config.optimizer.lr)
 
     run.engine.update_weights(run.backend.hf_weights(), 1)
@@ -79,7 +79,7 @@ def trace(config: Config) -> dict[str, str]:
     gains = [float(part.sum()) for part in (after.log_probs - before.log_probs).split(list(row.lengths))]
     show["weights"] = lines.of_weights([(name, w.numel()) for name, w in run.backend.hf_weights()], gains)
 
-    means = table_means(table, result) | update_means([update], run.tasks)
+    means = step_means([table], table, result, [update], config.reward)
     stats = StepStats(step=1, means=means, scalars={"lr": config.optimizer.lr}, seconds={})
     show["metrics"] = lines.of_stats(stats, prompt.sample.task)
     run.backend.close()
