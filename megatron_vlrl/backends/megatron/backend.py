@@ -206,7 +206,7 @@ class MegatronBackend:
                     batch.source,
                     batch.target_ids,
                     banned=self._banned,
-                    temperature=self.options.sampling.temperature or 1.0,
+                    temperatures=batch.temperatures,
                     group=self.groups.tensor,
                 )
                 output: _LossOutput = loss(batch, log_probs, entropies) if batch is not filler else _nothing(log_probs)
