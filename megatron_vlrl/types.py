@@ -127,8 +127,8 @@ class Prompt:
 class Sampling:
     """How responses are drawn; the trainer computes log-probs of this same distribution.
 
-    temperature 0 is greedy (log-probs are then those of temperature 1). banned_token_ids never
-    appear and are left out of the softmax (vision tokens). stop_token_ids end a response and are part of it.
+    temperature 0 is greedy. banned_token_ids never appear and are left out of the softmax (vision tokens).
+    stop_token_ids end a response and are part of it.
     seed: with a prompt's position and the rollout's number it fixes the random draw, whatever rank or batch.
     """
 
@@ -139,18 +139,24 @@ class Sampling:
     banned_token_ids: tuple[int, ...] = ()
     seed: int = 0
 
+    @property
+    def log_prob_temperature(self) -> float:
+        """What the logits are divided by in log-probs: the temperature, or 1 for greedy answers."""
+        return self.temperature or 1.0
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
     """One response.
 
     token_ids: int[R], R >= 1, the stop token included. log_probs: float32[R], of the sampling
-    distribution, natural log. text: decoded, without the stop token. weight_version: the optimizer
-    step whose weights wrote it.
+    distribution, natural log. temperature: the one of these log-probs, over 0. text: decoded, without the
+    stop token. weight_version: the optimizer step whose weights wrote it.
     """
 
     token_ids: tuple[int, ...]
     log_probs: NDArray[np.float32]
+    temperature: float
     text: str
     finish_reason: FinishReason
     weight_version: int
@@ -158,17 +164,26 @@ class Rollout:
     def __post_init__(self) -> None:
         _require(len(self.token_ids) >= 1, "a rollout has at least one token")
         _require(self.log_probs.shape == (len(self.token_ids),), "one log-prob for each token")
+        _require(
+            math.isfinite(self.temperature) and self.temperature > 0,
+            f"a rollout's temperature is over 0, not {self.temperature}; log-probs of greedy answers have 1",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutGroup:
-    """One prompt and its G rollouts. Groups travel whole through every stage."""
+    """One prompt and its G rollouts, drawn at one temperature. Groups travel whole through every stage."""
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
 
     def __post_init__(self) -> None:
         _require(len(self.rollouts) >= 1, f"group {self.prompt.sample.key!r} has no rollouts")
+        temperatures = sorted({rollout.temperature for rollout in self.rollouts})
+        _require(
+            len(temperatures) == 1,
+            f"group {self.prompt.sample.key!r} has rollouts of the temperatures {temperatures}; one draw has one",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -51,7 +51,8 @@ def group(key: str, *, texts: tuple[str, ...], task: str = "count", image: bytes
     )
     zeros = np.zeros(2, dtype=np.float32)
     rollouts = tuple(
-        Rollout(token_ids=(5, 6), log_probs=zeros, text=text, finish_reason="stop", weight_version=2) for text in texts
+        Rollout(token_ids=(5, 6), log_probs=zeros, temperature=1.0, text=text, finish_reason="stop", weight_version=2)
+        for text in texts
     )
     return RolloutGroup(prompt=prompt, rollouts=rollouts)
 

@@ -42,6 +42,7 @@ def make_rollout(token_ids: Sequence[int]) -> Rollout:
     return Rollout(
         token_ids=tuple(token_ids),
         log_probs=-np.ones(len(token_ids), np.float32),
+        temperature=1.0,
         text="",
         finish_reason="stop",
         weight_version=0,

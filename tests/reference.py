@@ -29,6 +29,7 @@ LENGTHS = [[5, 1, 9, 5], [4, 7, 2, 1], [6, 6, 3], [3, 8], [2, 5, 4, 4, 1]]
 MICROBATCHES = [[0, 1, 2], [3, 4]]
 CLIP = (0.8, 1.28)
 ENTROPY_WEIGHT = 0.05
+TEMPERATURES = (0.7, 1.0, 1.6)  # of the groups, in turn
 
 
 def make_groups(
@@ -37,7 +38,9 @@ def make_groups(
     lengths: Sequence[Sequence[int]] = LENGTHS,
     tasks: Sequence[str] = ("count",) * len(LENGTHS),
 ) -> list[RolloutGroup]:
-    """Groups with these image sizes and response lengths; each group's last response begins as its first does.
+    """Groups with these image sizes and response lengths, and TEMPERATURES.
+
+    Each group's last response begins as its first does.
 
     By default five: two, no, one, one, no images; ragged responses, some of a single token.
     """
@@ -51,6 +54,7 @@ def make_groups(
             Rollout(
                 token_ids=tuple(ids),
                 log_probs=np.zeros(len(ids), np.float32),
+                temperature=TEMPERATURES[position % len(TEMPERATURES)],
                 text="",
                 finish_reason="stop",
                 weight_version=0,
@@ -83,11 +87,11 @@ def objective(log_probs: Tensor, entropies: Tensor, old: Tensor, advantages: Ten
 
 
 def renderer_and_sampling(folder: Path) -> tuple[Renderer, Sampling]:
-    """A distribution with a temperature and banned tokens."""
+    """A distribution with banned tokens."""
     renderer = Renderer(folder, 4096)
     sampling = Sampling(
         n=1,
-        temperature=0.7,
+        temperature=1.0,
         max_new_tokens=8,
         stop_token_ids=renderer.stop_token_ids,
         banned_token_ids=renderer.banned_token_ids,
@@ -100,8 +104,8 @@ def hf_scores(
 ) -> tuple[Tensor, Tensor, Qwen3VLForConditionalGeneration]:
     """Log-probs and entropies, with gradient, of padded rows through transformers in float64, and the model.
 
-    Positions are those of its own get_rope_index. float64, so that what a layout is measured against has no
-    rounding of its own.
+    Positions are those of its own get_rope_index; a row's logits are divided by its rollout's temperature. float64, so
+    that what a layout is measured against has no rounding of its own.
     """
     from transformers import AutoModelForImageTextToText
 
@@ -135,7 +139,7 @@ def hf_scores(
         mm_token_type_ids=types,
         use_cache=False,
     ).logits
-    logits = logits / sampling.temperature
+    logits = logits / torch.tensor([rollout.temperature for _, rollout in rows]).double()[:, None, None]
     logits = logits.index_fill(2, torch.tensor(sampling.banned_token_ids), -1e30)
     log_softmax = logits.log_softmax(-1)
     picked, entropy = [], []

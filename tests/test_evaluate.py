@@ -66,6 +66,7 @@ class Parrot:
         return Rollout(
             token_ids=(5,) * n,
             log_probs=np.zeros(n, dtype=np.float32),
+            temperature=1.0,
             text="x",
             finish_reason="length",
             weight_version=0,

@@ -22,13 +22,15 @@ VOCABULARY, WIDTH, ROWS = 24, 6, 5
 SOURCE = torch.tensor([0, 1, 0, 2, 2, 0, 3])
 TARGET = torch.tensor([3, 0, 17, 23, 11, 3, 12])
 NONE = torch.tensor([], dtype=torch.int64)
-# temperature, banned ids, and the lowest target
+ONES = torch.ones(ROWS)
+# temperatures of the rows, banned ids, and the lowest target
 CASES = {
-    "plain": (1.0, (), 0),
-    "temperature": (0.7, (), 0),
-    "banned": (1.3, (1, 10, 13, 22), 0),
-    "a shard without banned ids": (0.5, (20, 21), 0),
-    "a whole shard banned": (1.0, tuple(range(12)), 12),
+    "plain": (ONES, (), 0),
+    "temperature": (0.7 * ONES, (), 0),
+    "temperatures": (torch.tensor([0.4, 1.0, 2.5, 0.9, 1.0]), (), 0),
+    "banned": (1.3 * ONES, (1, 10, 13, 22), 0),
+    "a shard without banned ids": (torch.tensor([0.5, 1.0, 0.5, 3.0, 0.1]), (20, 21), 0),
+    "a whole shard banned": (ONES, tuple(range(12)), 12),
 }
 
 
@@ -48,11 +50,11 @@ def loss_of(log_probs: Tensor, entropies: Tensor, part: str) -> Tensor:
     }[part]
 
 
-def dense(target: Tensor, temperature: float, banned: tuple[int, ...], part: str) -> tuple[Tensor, ...]:
+def dense(target: Tensor, temperatures: Tensor, banned: tuple[int, ...], part: str) -> tuple[Tensor, ...]:
     """(log-probs, entropies, gradients of hidden and head) by autograd in float64; banned columns are taken out."""
     hidden, weight = (tensor.double().requires_grad_() for tensor in inputs())
     kept = torch.tensor([column for column in range(VOCABULARY) if column not in banned])
-    scores = ((hidden @ weight.t())[:, kept] / temperature).log_softmax(-1)
+    scores = ((hidden @ weight.t())[:, kept] / temperatures[:, None]).log_softmax(-1)
     place = torch.full((VOCABULARY,), -1).index_copy(0, kept, torch.arange(len(kept)))
     log_probs = scores[SOURCE, place[target]]
     entropies = -(scores.exp() * scores).sum(-1)[SOURCE]
@@ -70,7 +72,7 @@ def errors(group: Group, chunk_rows: int | None) -> dict[tuple[str, str], list[f
     rows = VOCABULARY // group.size
     begin = group.rank * rows
     result = {}
-    for name, (temperature, banned, lowest) in CASES.items():
+    for name, (temperatures, banned, lowest) in CASES.items():
         target = TARGET.clamp(min=lowest)
         for part in ("both", "log-probs", "entropies"):
             hidden, whole = inputs()
@@ -83,12 +85,12 @@ def errors(group: Group, chunk_rows: int | None) -> dict[tuple[str, str], list[f
                 SOURCE,
                 target,
                 banned=local,
-                temperature=temperature,
+                temperatures=temperatures,
                 group=group,
                 chunk_rows=chunk_rows,
             )
             loss_of(log_probs, entropies, part).backward()
-            wanted = dense(target, temperature, banned, part)
+            wanted = dense(target, temperatures, banned, part)
             got = (log_probs.detach(), entropies.detach(), hidden.grad, weight.grad)
             expected = (*wanted[:3], wanted[3][begin : begin + rows])
             result[name, part] = [
@@ -122,7 +124,7 @@ def test_a_logit_far_above_the_rest_stays_finite() -> None:
         torch.tensor([0, 0, 1]),
         torch.tensor([0, 1, 2]),
         banned=NONE,
-        temperature=1.0,
+        temperatures=torch.ones(2),
         group=Group.single(),
     )
     torch.testing.assert_close(log_probs, torch.tensor([0.0, -1e4, -math.log(3)]), rtol=1e-6, atol=1e-6)
@@ -135,7 +137,7 @@ def test_a_logit_far_above_the_rest_stays_finite() -> None:
 def test_half_precision_is_scored_in_single_precision() -> None:
     hidden, weight = (tensor.bfloat16().requires_grad_() for tensor in inputs())
     log_probs, entropies = head_log_probs(
-        hidden, weight, SOURCE, TARGET, banned=NONE, temperature=1.0, group=Group.single()
+        hidden, weight, SOURCE, TARGET, banned=NONE, temperatures=ONES, group=Group.single()
     )
     logits = (hidden.detach() @ weight.detach().t()).float()
     assert log_probs.dtype == entropies.dtype == torch.float32
@@ -143,7 +145,7 @@ def test_half_precision_is_scored_in_single_precision() -> None:
     loss_of(log_probs, entropies, "both").backward()
     assert hidden.grad is not None
     assert hidden.grad.dtype == torch.bfloat16
-    wanted = dense(TARGET, 1.0, (), "both")
+    wanted = dense(TARGET, ONES, (), "both")
     torch.testing.assert_close(hidden.grad.double(), wanted[2], rtol=5e-2, atol=5e-2)
 
 
@@ -187,9 +189,17 @@ def test_memory_is_that_of_one_chunk(entropy: bool) -> None:
     hidden = torch.randn(rows, width, generator=generator).requires_grad_()
     weight = torch.randn(vocabulary, width, generator=generator).requires_grad_()
     source, target = torch.arange(rows), torch.randint(0, vocabulary, (rows,), generator=generator)
+    temperatures = torch.linspace(0.7, 1.3, rows)
     with LiveBytes() as live:
         log_probs, entropies = head_log_probs(
-            hidden, weight, source, target, banned=NONE, temperature=0.9, group=Group.single(), chunk_rows=chunk
+            hidden,
+            weight,
+            source,
+            target,
+            banned=NONE,
+            temperatures=temperatures,
+            group=Group.single(),
+            chunk_rows=chunk,
         )
         forward = live.peak
         live.peak = live.now

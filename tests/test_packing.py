@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from megatron_vlrl.packing import Microbatch, Segment, Targets, pack, packed_tokens, plan_attention
 from megatron_vlrl.types import RolloutGroup
 from tests.groups import make_group
-from tests.reference import LENGTHS, backend_options, hf_scores, make_groups, renderer_and_sampling
+from tests.reference import LENGTHS, TEMPERATURES, backend_options, hf_scores, make_groups, renderer_and_sampling
 from tests.spawn import run_ranks
 from tests.tiny import make_tiny
 
@@ -25,7 +25,12 @@ SHAPES = st.lists(
 
 
 def groups_of(shapes: list[tuple[int, list[int]]]) -> list[RolloutGroup]:
-    return [make_group(number, lengths, prompt=prompt) for number, (prompt, lengths) in enumerate(shapes)]
+    """Each at a temperature of its own."""
+    groups = [make_group(number, lengths, prompt=prompt) for number, (prompt, lengths) in enumerate(shapes)]
+    return [
+        replace(group, rollouts=tuple(replace(rollout, temperature=0.5 + number) for rollout in group.rollouts))
+        for number, group in enumerate(groups)
+    ]
 
 
 @settings(max_examples=60, deadline=None)
@@ -49,14 +54,15 @@ def test_a_row_predicts_every_response_token_from_the_one_before(
             assert tuple(row.input_ids[first:last].tolist()) == rollout.token_ids
             expected = group.prompt.positions.max() + 1 + np.arange(last - first)
             np.testing.assert_array_equal(row.positions[:, first:last], np.stack([expected] * 3))
-            places = row.logit_rows[row.source[token : token + last - first]].tolist()
-            assert places == [end - 1, *range(first, last - 1)]
+            source = row.source[token : token + last - first]
+            assert row.logit_rows[source].tolist() == [end - 1, *range(first, last - 1)]
+            assert set(row.temperatures[source].tolist()) == {rollout.temperature}
             assert tuple(row.target_ids[token : token + last - first].tolist()) == rollout.token_ids
             token += last - first
     assert token == len(row.target_ids) == sum(row.lengths)
     assert row.lengths == tuple(len(rollout.token_ids) for group in groups for rollout in group.rollouts)
     # Each row of logits is asked for once and is used by some token.
-    assert len(row.logit_rows.unique()) == len(row.logit_rows)
+    assert len(row.logit_rows.unique()) == len(row.logit_rows) == len(row.temperatures)
     assert set(row.source.tolist()) == set(range(len(row.logit_rows)))
 
     borders = [place for segment in row.segments for place in (segment.prompt, *segment.responses)]
@@ -163,7 +169,8 @@ def responses_see_each_other(row: Microbatch) -> Microbatch:
 
 
 def log_prob_errors(folder: Path) -> dict[str, list[float]]:
-    """Greatest error of each response's log-probs against transformers: the row as packed, and two wrong ones."""
+    """Greatest error of each response's log-probs against transformers: the row as packed, and three wrong ones; and
+    of the packed row's against those of each group in a row of its own."""
     from megatron_vlrl.backends import build_backend
 
     renderer, sampling = renderer_and_sampling(folder)
@@ -175,11 +182,14 @@ def log_prob_errors(folder: Path) -> dict[str, list[float]]:
         "packed": row,
         "running positions": running_positions(row, groups),
         "seen by others": responses_see_each_other(row),
+        "at temperature 1": replace(row, temperatures=torch.ones_like(row.temperatures)),
     }
     errors = {}
     for name, wrong in rows.items():
         differences = (backend.score([wrong])[0].log_probs - expected.detach()).abs()
         errors[name] = [float(part.max()) for part in differences.split(list(row.lengths))]
+    alone = torch.cat([score.log_probs for score in backend.score([pack([group], multiple=2) for group in groups])])
+    errors["alone"] = [float((backend.score([row])[0].log_probs - alone).abs().max())]
     backend.close()
     return errors
 
@@ -187,6 +197,7 @@ def log_prob_errors(folder: Path) -> dict[str, list[float]]:
 def test_wrong_rows_do_not_pass_for_right_ones(tmp_path: Path) -> None:
     (errors,) = run_ranks(log_prob_errors, 1, make_tiny(tmp_path))
     assert max(errors["packed"]) < 1e-4
+    assert max(errors["alone"]) < 1e-5
     # A group's first response is right either way, and so is a single token after the prompt's end.
     lengths = [length for group in LENGTHS for length in group]
     first = {sum(len(group) for group in LENGTHS[:number]) for number in range(len(LENGTHS))}
@@ -196,3 +207,6 @@ def test_wrong_rows_do_not_pass_for_right_ones(tmp_path: Path) -> None:
                 assert error < 1e-4, (name, number)
             else:
                 assert error > 1e-3, (name, number)
+    of_group = [TEMPERATURES[number % 3] for number, group in enumerate(LENGTHS) for _ in group]
+    for temperature, error in zip(of_group, errors["at temperature 1"], strict=True):
+        assert error < 1e-4 if temperature == 1.0 else error > 1e-3, (temperature, error)

@@ -59,6 +59,8 @@ def test_the_demonstration_is_the_one_rollout(engine: DemonstrationEngine) -> No
     assert first.token_ids == (*map(ord, "three"), 1)
     assert first.log_probs.tolist() == [0.0] * 6
     assert first.finish_reason == "stop"
+    assert first.temperature == 1.0
+    assert engine.generate(prompts[:1], settings(temperature=0.7))[0].rollouts[0].temperature == 0.7
     assert not engine.needs_weights
 
 

@@ -94,6 +94,7 @@ def test_log_probs_are_those_of_a_full_forward(
     for group, rows in zip(groups, reference_logits(folder, groups), strict=True):
         for rollout, logits in zip(group.rollouts, rows, strict=True):
             logits[:, list(renderer.banned_token_ids)] = -torch.inf
+            assert rollout.temperature == temperature
             expected = (logits / temperature).log_softmax(-1).gather(1, torch.tensor(rollout.token_ids)[:, None])[:, 0]
             assert rollout.log_probs.dtype == np.float32
             assert np.abs(rollout.log_probs - expected.numpy()).max() < 1e-4
@@ -107,6 +108,7 @@ def test_greedy_is_the_argmax_of_a_full_forward(
         logits[:, list(renderer.banned_token_ids)] = -torch.inf
         rollout = group.rollouts[0]
         assert rollout.token_ids == tuple(logits.argmax(-1).tolist())
+        assert rollout.temperature == 1.0
         assert np.abs(rollout.log_probs - logits.log_softmax(-1).amax(-1).numpy()).max() < 1e-4
 
 

@@ -26,6 +26,7 @@ def _group(texts: list[str], task: str = "count", answer: object = "3", tokens: 
     rollout = Rollout(
         token_ids=(5,) * tokens,
         log_probs=np.zeros(tokens, np.float32),
+        temperature=1.0,
         text="",
         finish_reason="stop",
         weight_version=0,

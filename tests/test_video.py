@@ -23,6 +23,7 @@ from megatron_vlrl.rollout.engines.transformers import TransformersEngine
 from megatron_vlrl.types import Message, Rollout, RolloutGroup, Sample, Video
 from tests.clips import clip, processed, with_videos
 from tests.reference import (
+    TEMPERATURES,
     Reference,
     backend_options,
     hf_reference,
@@ -125,6 +126,7 @@ def groups_of(renderer: Renderer) -> list[RolloutGroup]:
         return Rollout(
             token_ids=tuple(random.integers(20, 300, size=length).tolist()),
             log_probs=np.zeros(length, np.float32),
+            temperature=TEMPERATURES[0],
             text="",
             finish_reason="stop",
             weight_version=0,

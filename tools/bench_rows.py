@@ -95,7 +95,9 @@ def make_groups(shape: Shape, folder: Path) -> list[RolloutGroup]:
 def _rollout(random: np.random.Generator, length: int) -> Rollout:
     ids = tuple(random.integers(20, 300, length).tolist())
     log_probs = np.full(length, -6.0, np.float32)
-    return Rollout(token_ids=ids, log_probs=log_probs, text="", finish_reason="length", weight_version=0)
+    return Rollout(
+        token_ids=ids, log_probs=log_probs, temperature=1.0, text="", finish_reason="length", weight_version=0
+    )
 
 
 def train_groups(groups: Sequence[RolloutGroup]) -> list[TrainGroup]:

@@ -100,7 +100,10 @@ def written_group(run: Run, prompt: Prompt) -> RolloutGroup:
 def _written(run: Run, text: str) -> Rollout:
     ids = (*run.renderer.encode(text), run.renderer.stop_token_ids[0])
     unknown = np.zeros(len(ids), np.float32)
-    return Rollout(token_ids=ids, log_probs=unknown, text=text, finish_reason="stop", weight_version=0)
+    temperature = run.config.rollout.temperature
+    return Rollout(
+        token_ids=ids, log_probs=unknown, temperature=temperature, text=text, finish_reason="stop", weight_version=0
+    )
 
 
 def trainer_log_probs(run: Run, group: RolloutGroup) -> np.ndarray:

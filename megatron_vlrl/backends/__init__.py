@@ -14,7 +14,7 @@ from megatron_vlrl.types import Sampling
 
 @dataclass(frozen=True, kw_only=True)
 class BackendOptions:
-    """Everything a backend is built from. sampling: the distribution whose log-probs are computed."""
+    """Everything a backend is built from. sampling: whose banned tokens have no probability."""
 
     folder: Path
     model: ModelConfig

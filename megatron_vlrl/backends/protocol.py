@@ -79,8 +79,23 @@ class Backend(Protocol):
         """The gradients of the last update, after clipping, by the same names and in the same way."""
         ...
 
-    def score(self, microbatches: Sequence[Microbatch]) -> list[TokenScores]:
-        """Log-probs and entropies of every response token, without gradient, on every rank of a model replica."""
+    def score(self, microbatches: Sequence[Microbatch], *, reference: bool = False) -> list[TokenScores]:
+        """Log-probs and entropies of every response token, without gradient, on every rank of a model replica.
+
+        reference: under the reference policy that `keep_reference` made; the policy itself is left as it is.
+        """
+        ...
+
+    def keep_reference(self, *, moving: bool) -> None:
+        """From now on hold a copy of the weights as they are now, the reference policy; an earlier one is dropped.
+
+        moving: `move_reference` will move it, so it is held in float32 and saved with the rest. A frozen one is not
+        saved: it is made anew from the weights that it was made from.
+        """
+        ...
+
+    def move_reference(self, decay: float) -> None:
+        """reference = decay * reference + (1 - decay) * policy, in float32."""
         ...
 
     def train_step(self, microbatches: Sequence[Microbatch], token_loss: TokenLoss, lr: float) -> UpdateResult:
@@ -88,14 +103,19 @@ class Backend(Protocol):
         ...
 
     def save(self, folder: Path, *, asynchronous: bool = False) -> Saving | None:
-        """Write weights, optimizer and random state, as they are now, as shards into an empty folder.
+        """Write weights, optimizer and random state, as they are now, as shards into an empty folder; a moving
+        reference too.
 
         None when all is written. asynchronous: only begin, and say what to ask whether it is done.
         """
         ...
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote; at another layout, all but the random state."""
+        """Restore what `save` wrote; at another layout, all but the random state.
+
+        A saved reference goes into a moving one, and is left out where none or a frozen one is kept. A kept one that
+        was not saved stays as it is.
+        """
         ...
 
     def close(self) -> None:

@@ -14,6 +14,11 @@ def filler_group() -> RolloutGroup:
     )
     prompt = Prompt(sample=sample, token_ids=(0,), positions=np.zeros((3, 1), np.int64), grids=(), patches=())
     rollout = Rollout(
-        token_ids=(0,), log_probs=np.zeros(1, np.float32), text="", finish_reason="stop", weight_version=0
+        token_ids=(0,),
+        log_probs=np.zeros(1, np.float32),
+        temperature=1.0,
+        text="",
+        finish_reason="stop",
+        weight_version=0,
     )
     return RolloutGroup(prompt=prompt, rollouts=(rollout,))

@@ -47,16 +47,17 @@ class Microbatch:
     """One packed row. Indices are int64.
 
     input_ids: [T]. positions: [3, T], MRoPE. segments: host table. logit_rows: [U], tokens whose logits are needed; the
-    prompt's last token stands once for the first tokens of its G responses. source: [R], place in logit_rows.
-    target_ids: [R]. patches: float32[Q, patch size]. grids: (t, h, w) of each image, and of each step
-    in time of a video, in row order.
-    lengths: response lengths, M numbers that add up to R. targets: None when only scoring.
+    prompt's last token stands once for the first tokens of its G responses. temperatures: float32[U], what these logits
+    are divided by. source: [R], place in logit_rows. target_ids: [R]. patches: float32[Q, patch size]. grids: (t, h, w)
+    of each image, and of each step in time of a video, in row order. lengths: response lengths, M numbers that add up
+    to R. targets: None when only scoring.
     """
 
     input_ids: Tensor
     positions: Tensor
     segments: tuple[Segment, ...]
     logit_rows: Tensor
+    temperatures: Tensor
     source: Tensor
     target_ids: Tensor
     patches: Tensor
@@ -77,6 +78,7 @@ def pack(groups: Sequence[RolloutGroup], *, multiple: int = 1, pad_id: int = 0) 
     positions: list[np.ndarray] = []
     segments: list[Segment] = []
     rows: list[int] = []
+    temperatures: list[float] = []
     source: list[int] = []
     targets: list[int] = []
     for group in groups:
@@ -99,6 +101,7 @@ def pack(groups: Sequence[RolloutGroup], *, multiple: int = 1, pad_id: int = 0) 
             rows.extend(range(begin, begin + length - 1))  # the last token predicts nothing
             targets.extend(rollout.token_ids)
         segments.append(Segment(prompt=(start, start + len(prompt.token_ids)), responses=tuple(spans)))
+        temperatures.extend([group.rollouts[0].temperature] * (len(rows) - last_prompt_row))
     tail = -len(ids) % multiple
     if tail:
         segments.append(Segment(prompt=(len(ids), len(ids) + tail), responses=()))
@@ -110,6 +113,7 @@ def pack(groups: Sequence[RolloutGroup], *, multiple: int = 1, pad_id: int = 0) 
         positions=torch.from_numpy(np.concatenate(positions, axis=1).astype(np.int64)),
         segments=tuple(segments),
         logit_rows=torch.tensor(rows),
+        temperatures=torch.tensor(temperatures, dtype=torch.float32),
         source=torch.tensor(source),
         target_ids=torch.tensor(targets),
         patches=torch.from_numpy(np.concatenate(patches)) if patches else torch.empty(0, 0),

@@ -31,14 +31,14 @@ class _Head:
 
     weight: Tensor
     banned: Tensor
-    temperature: float
+    temperatures: Tensor | None  # float32[U]; None: all are 1
     group: Group
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """float32[c, V/tp] of the sampling distribution, in memory of its own."""
-        scaled = (hidden @ self.weight.t()).float()
-        if self.temperature != 1.0:
-            scaled.div_(self.temperature)
+    def logits(self, hidden: Tensor, chunk: slice) -> Tensor:
+        """float32[c, V/tp] of the sampling distribution for the rows of a chunk, in memory of its own."""
+        scaled = (hidden[chunk] @ self.weight.t()).float()
+        if self.temperatures is not None:
+            scaled.div_(self.temperatures[chunk, None])
         return scaled.index_fill_(1, self.banned, _BANNED)
 
     def reduce(self, value: Tensor, op: Any) -> None:
@@ -76,7 +76,7 @@ class _HeadLogProb(torch.autograd.Function):
         picked = torch.empty(len(source), device=hidden.device)
         top, total, mean = torch.empty(3, len(hidden), device=hidden.device).unbind()
         for chunk, tokens in _chunks(source, len(hidden), rows):
-            scaled = head.logits(hidden[chunk])
+            scaled = head.logits(hidden, chunk)
             top[chunk] = scaled.amax(1)
             head.reduce(top[chunk], dist.ReduceOp.MAX)
             scaled.sub_(
@@ -102,10 +102,12 @@ class _HeadLogProb(torch.autograd.Function):
         head: _Head = ctx.head
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         by_token = torch.zeros(len(source), device=hidden.device) if grad_log_probs is None else grad_log_probs
-        by_row = torch.zeros_like(mean).index_add_(0, source, by_token)
         by_entropy = torch.zeros_like(mean) if grad_entropies is None else grad_entropies
+        if head.temperatures is not None:  # gradients of the logits as they are before the division
+            by_token, by_entropy = by_token / head.temperatures[source], by_entropy / head.temperatures
+        by_row = torch.zeros_like(mean).index_add_(0, source, by_token)
         for chunk, tokens in _chunks(source, len(hidden), ctx.rows):
-            scaled = head.logits(hidden[chunk]).sub_(top[chunk, None])
+            scaled = head.logits(hidden, chunk).sub_(top[chunk, None])
             for block in _blocks(scaled):  # becomes the gradient, in place
                 prob = block.exp().div_(total[chunk, None])
                 if grad_entropies is None:
@@ -115,7 +117,7 @@ class _HeadLogProb(torch.autograd.Function):
                     block.mul_(prob).neg_()
             places = (source[tokens] - chunk.start, local[tokens])
             scaled.index_put_(places, by_token[tokens].masked_fill(~mine[tokens], 0.0), accumulate=True)
-            grad = scaled.div_(head.temperature).to(hidden.dtype)
+            grad = scaled.to(hidden.dtype)
             torch.mm(grad, weight, out=grad_hidden[chunk])
             grad_weight.addmm_(grad.t(), hidden[chunk])
             del scaled, grad, block, prob  # before the next chunk's
@@ -138,7 +140,7 @@ def head_log_probs(
     target: Tensor,
     *,
     banned: Tensor,
-    temperature: float,
+    temperatures: Tensor,
     group: Group,
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -146,12 +148,13 @@ def head_log_probs(
 
     hidden: [U, D], whole on every rank of the tensor group; its gradient is summed over the group. weight: [V/tp, D],
     this rank's rows of the head. source: int64[R], row of each token. target: int64[R], global ids. banned: int64 local
-    columns that the sampler can't draw. temperature divides the logits. chunk_rows: rows whose logits exist at once;
-    None: as many as fit 256 MiB.
+    columns that the sampler can't draw. temperatures: float32[U], over 0, divide each row's logits. chunk_rows: rows
+    whose logits exist at once; None: as many as fit 256 MiB.
     """
     rows = chunk_rows or max(1, _CHUNK_NUMBERS // len(weight))
     order = torch.argsort(source, stable=True)
     back = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
-    head = _Head(weight.detach(), banned, temperature, group)
+    scales = None if bool((temperatures == 1.0).all()) else temperatures  # dividing by 1 would cost a pass a chunk
+    head = _Head(weight.detach(), banned, scales, group)
     log_probs, entropies = _HeadLogProb.apply(hidden, weight, source[order], target[order], head, rows)
     return log_probs[back], entropies[source]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from megatron_vlrl.backends.megatron.optimizer import (
 )
 from megatron_vlrl.backends.megatron.overlap import Overlap
 from megatron_vlrl.backends.megatron.pipeline import VaryingShapeP2P, backward_group
+from megatron_vlrl.backends.megatron.reference import Reference
 from megatron_vlrl.backends.megatron.weights import WeightMap
 from megatron_vlrl.backends.protocol import Saving, TokenLoss, TokenScores, UpdateResult
 from megatron_vlrl.models.hf_files import HFWeights
@@ -96,6 +98,7 @@ class MegatronBackend:
         self._process_groups = process_groups
         self._multiple = dims.pipeline if dims.virtual > 1 else 1  # of microbatches in a schedule
         self._banned = self._local_columns(options.sampling.banned_token_ids)
+        self._reference: Reference | None = None
 
     @property
     def is_last_stage(self) -> bool:
@@ -118,18 +121,29 @@ class MegatronBackend:
         gather_gradients(self.wrapped)
         return self.weights.gather(lambda parameter: getattr(parameter, "main_grad", torch.zeros_like(parameter)))
 
-    def score(self, microbatches: Sequence[Microbatch]) -> list[TokenScores]:
+    def score(self, microbatches: Sequence[Microbatch], *, reference: bool = False) -> list[TokenScores]:
         """One forward pass without gradient."""
 
         def report(batch: Microbatch, log_probs: Tensor, entropies: Tensor) -> _LossOutput:
             scores = TokenScores(log_probs=log_probs.cpu(), entropies=entropies.cpu())
             return log_probs.sum(), _ONE, {"scores": scores}
 
-        with torch.no_grad():
+        with torch.no_grad(), self._kept_reference().in_use() if reference else nullcontext():
             reports = self._run(microbatches, report, forward_only=True)
         last = self.groups.pipeline.size - 1
         scores: list[TokenScores] = broadcast_object([r["scores"] for r in reports], self.groups.pipeline, last)
         return scores
+
+    def keep_reference(self, *, moving: bool) -> None:
+        """See `reference.Reference`."""
+        self._complete_weights()
+        self._reference = None  # two of them might not fit
+        self._reference = Reference(self.weights.parameters, moving=moving)
+
+    def move_reference(self, decay: float) -> None:
+        """See `reference.Reference.move`."""
+        self._complete_weights()
+        self._kept_reference().move(decay)
 
     def train_step(self, microbatches: Sequence[Microbatch], token_loss: TokenLoss, lr: float) -> UpdateResult:
         """One update from the sum of the microbatches' losses over all data ranks."""
@@ -156,13 +170,15 @@ class MegatronBackend:
         """See `state.save`."""
         self._complete_weights()
         with cpu.on_device():
-            return state.save(folder, self.chunks, self.optimizer, self.groups, asynchronous=asynchronous)
+            return state.save(
+                folder, self.chunks, self.optimizer, self.groups, self._moving_reference(), asynchronous=asynchronous
+            )
 
     def load(self, folder: Path) -> None:
         """See `state.load`."""
         self._complete_weights()
         with cpu.on_device():
-            state.load(folder, self.chunks, self.optimizer, self.groups)
+            state.load(folder, self.chunks, self.optimizer, self.groups, self._moving_reference())
 
     def close(self) -> None:
         """Give megatron-core's groups back."""
@@ -191,7 +207,7 @@ class MegatronBackend:
                     batch.source,
                     batch.target_ids,
                     banned=self._banned,
-                    temperature=self.options.sampling.temperature or 1.0,
+                    temperatures=batch.temperatures,
                     group=self.groups.tensor,
                 )
                 output: _LossOutput = loss(batch, log_probs, entropies) if batch is not filler else _nothing(log_probs)
@@ -217,6 +233,13 @@ class MegatronBackend:
         """Before weights are read outside of their module's call: wait for what other data ranks updated."""
         if self._overlap:
             self._overlap.wait_for_parameters()
+
+    def _kept_reference(self) -> Reference:
+        assert self._reference is not None, "no reference is kept: call keep_reference first"
+        return self._reference
+
+    def _moving_reference(self) -> Reference | None:
+        return self._reference if self._reference is not None and self._reference.moving else None
 
     def _total(
         self, reports: Sequence[Mapping[str, Mapping[str, Tensor]]]

@@ -26,11 +26,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_vlrl.backends.megatron import cpu
 from megatron_vlrl.backends.megatron.model import Qwen3VLStage
 from megatron_vlrl.backends.megatron.optimizer import parts_of
+from megatron_vlrl.backends.megatron.reference import Reference
 from megatron_vlrl.backends.megatron.shards import WEIGHTS_ONLY
 from megatron_vlrl.errors import CheckpointError
 from megatron_vlrl.parallel.groups import ProcessGroups
 from megatron_vlrl.runtime.children import die_with_parent
 
+_HAS_REFERENCE = "has_reference"  # among what a checkpoint's ranks have in common; not there: it has none
 # A distributed optimizer's state is gathered on one data rank and saved parameter by parameter, for any layout.
 _FORMAT = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -44,12 +46,19 @@ def save(
     chunks: Sequence[Qwen3VLStage],
     optimizer: MegatronOptimizer,
     groups: ProcessGroups,
+    reference: Reference | None,
     *,
     asynchronous: bool,
 ) -> ShardWriters | None:
-    """Write this rank's shards into `folder`, or start processes that do and return them; collective."""
+    """Write this rank's shards into `folder`, or start processes that do and return them; collective.
+
+    reference: a moving one.
+    """
     _prepare_writer()
     state = _shards(chunks, optimizer, loading=False)
+    state[_HAS_REFERENCE] = reference is not None
+    if reference is not None:
+        state["reference"] = reference.shards(chunks)
     state["random"] = _random_shard(_random_state(), groups)
     state["layout"] = _layout(groups)
     state["distributed"] = _is_distributed(optimizer)
@@ -91,8 +100,15 @@ def _told_to_all() -> Iterator[None]:
         raise CheckpointError("; ".join(sorted(reasons)) or "another rank could not write its shards") from error
 
 
-def load(folder: Path, chunks: Sequence[Qwen3VLStage], optimizer: MegatronOptimizer, groups: ProcessGroups) -> None:
+def load(
+    folder: Path,
+    chunks: Sequence[Qwen3VLStage],
+    optimizer: MegatronOptimizer,
+    groups: ProcessGroups,
+    reference: Reference | None,
+) -> None:
     """Restore what `save` wrote. The random state is restored at the same layout only: it belongs to ranks.
+    `reference`, a moving one, stays as it is if none was saved.
 
     Of converted weights, which are all such a checkpoint holds, the optimizer takes its masters and starts anew.
     """
@@ -108,6 +124,8 @@ def load(folder: Path, chunks: Sequence[Qwen3VLStage], optimizer: MegatronOptimi
         )
     same_layout = common["layout"] == _layout(groups)
     state = _shards(chunks, optimizer, loading=True)
+    if reference is not None and common.get(_HAS_REFERENCE):
+        state["reference"] = reference.shards(chunks)
     if same_layout:
         state["random"] = _random_shard(None, groups)
     loaded = dist_checkpointing.load(state, str(folder))
@@ -115,6 +133,8 @@ def load(folder: Path, chunks: Sequence[Qwen3VLStage], optimizer: MegatronOptimi
         chunk.load_state_dict(loaded[f"model{number}"])
     with torch.no_grad():
         optimizer.load_state_dict(loaded["optimizer"])
+    if reference is not None and "reference" in loaded:
+        reference.restore(loaded["reference"])
     if same_layout:
         _set_random_state(loaded["random"])
 

@@ -63,6 +63,7 @@ class DemonstrationEngine:
         return Rollout(
             token_ids=ids,
             log_probs=np.zeros(len(ids), dtype=np.float32),
+            temperature=sampling.log_prob_temperature,
             text=self._decode(written),
             finish_reason="stop",
             weight_version=self._version,

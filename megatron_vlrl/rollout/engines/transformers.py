@@ -97,6 +97,7 @@ class TransformersEngine:
                 Rollout(
                     token_ids=ids,
                     log_probs=log_probs[:length].copy(),
+                    temperature=sampling.log_prob_temperature,
                     text=self._decode(ids[:-1] if stopped else ids),
                     finish_reason="stop" if stopped else "length",
                     weight_version=self._version,
