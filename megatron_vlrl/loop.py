@@ -71,6 +71,8 @@ class Run:
         self.sampling = sampling_for(config.rollout, self.renderer, seed=config.run.seed)
         self.backend = build_backend(BackendOptions.of(config, self.sampling))
         self.groups = self.backend.groups
+        if (reference := config.algorithm.kl.reference) != "none":
+            self.backend.keep_reference(moving=reference == "ema")
         self.engine = make_engine(config, self.renderer)
         stream = SampleStream(
             Path(config.data.train),
@@ -158,7 +160,7 @@ class Run:
     def _take_in(self, settings: Config, clock: Clock) -> Intake:
         """Rounds of prompts, rollouts and rewards, until enough groups wait to be trained."""
         intake = Intake(self.buffer, settings.algorithm.filter, settings.data.prompts_per_step)
-        sampling = replace(self.sampling, temperature=settings.rollout.temperature)
+        sampling = sampling_for(settings.rollout, self.renderer, seed=settings.run.seed)
         reward = partial(reward_group, config=settings.reward)
         while count := intake.missing():
             with clock("load"):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from megatron_vlrl.backends.protocol import TokenScores, UpdateResult
 from megatron_vlrl.data.manifest import load, load_index
 from megatron_vlrl.packing import Microbatch
-from megatron_vlrl.train.minibatches import Minibatch
+from megatron_vlrl.train.minibatches import TrainGroup
 from megatron_vlrl.types import AdvantageResult, Prompt, RewardBreakdown, RewardTable, RolloutGroup, Sample, StepStats
 
 
@@ -135,13 +135,14 @@ def of_table(table: RewardTable, result: AdvantageResult) -> str:
     return "\n".join(lines)
 
 
-def of_minibatch(minibatch: Minibatch) -> str:
+def of_minibatch(members: Sequence[TrainGroup]) -> str:
     """The weight of each response's tokens."""
-    rows: list[tuple[str, object]] = [("responses", f"{minibatch.responses} that train, over all ranks")]
-    for member in minibatch.groups:
+    responses = sum(len(member.group.rollouts) for member in members)
+    rows: list[tuple[str, object]] = [("responses", f"{responses} with a reward, over all ranks")]
+    for member in members:
         for number, (rollout, weight) in enumerate(zip(member.group.rollouts, member.weights, strict=True)):
             length = len(rollout.token_ids)
-            fraction = f"1 / ({minibatch.responses} * {length})"
+            fraction = f"1 / ({responses} * {length})"
             rows.append((f"rollout {number}", f"{length} tokens, each of weight {weight:.4f} = {fraction}"))
     return aligned(rows)
 
