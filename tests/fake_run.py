@@ -76,7 +76,11 @@ def stats(
         means[f"reward/{task}"] = Mean(total=64 * (0.9 * accuracy + 0.1), count=64)
         means[f"accuracy/{task}"] = Mean(total=64 * accuracy, count=64)
     tokens = 64 * len(tasks)
-    for name, value in {"response_length": 14 - step / 40, "entropy": 0.9 * math.exp(-step / 60), "mismatch_kl": 2e-6}.items():
+    for name, value in {
+        "response_length": 14 - step / 40,
+        "entropy": 0.9 * math.exp(-step / 60),
+        "mismatch_kl": 2e-6,
+    }.items():
         means[name] = Mean(total=tokens * value * draw.uniform(0.9, 1.1), count=tokens)
     means["clip_fraction"] = Mean(total=draw.uniform(0, 3), count=tokens)
     scalars = {"grad_norm": grad_norm * draw.uniform(0.5, 1.5), "lr": 3e-4 * (1 - step / 200), "mismatch_max": 3e-5}
@@ -105,7 +109,9 @@ def write_run(folder: Path, *, steps: int = 120) -> None:
                 failure=RewardFailure(kind="error", message=HOSTILE),
             )
             each = (rewards(1.0), rewards(0.25), rewards(0.0), failed)
-            log.write(step, [ScoredGroup(group=one, rewards=each) for one in groups], [np.array([1.2, -0.31, -0.9, 0.0])] * 3)
+            log.write(
+                step, [ScoredGroup(group=one, rewards=each) for one in groups], [np.array([1.2, -0.31, -0.9, 0.0])] * 3
+            )
     for step, label, gain in ((0, "before", 0.0), (steps // 2, "during", 0.1), (steps, "after", 0.15)):
         tasks = {
             task: {"accuracy": 0.5 + gain + 0.05 * number, "count": 128, "half_width": 0.085}

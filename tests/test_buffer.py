@@ -98,9 +98,7 @@ def test_enough_that_waits_needs_no_round() -> None:
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 2)), max_size=40), st.integers(1, 5), st.integers(1, 3))
-def test_nothing_is_lost_or_doubled_over_ranks(
-    drawn: list[tuple[bool, int]], wanted: int, ranks: int
-) -> None:
+def test_nothing_is_lost_or_doubled_over_ranks(drawn: list[tuple[bool, int]], wanted: int, ranks: int) -> None:
     """drawn: for each position, whether it is informative, and on which rank it is."""
     buffers = [GroupBuffer() for _ in range(ranks)]
     kept = [position for position, (informative, _) in enumerate(drawn) if informative]

@@ -160,7 +160,9 @@ def updates(folder: Path, parallel: dict[str, int], held: Sequence[Sequence[int]
         (batches,) = updater.prepare([part.groups], ALGORITHM, version=0)
         update = updater.update(batches, ALGORITHM, lr=0.0)
         gradients = torch.cat([gradient.flatten() for _, gradient in sorted(backend.hf_gradients())])
-        results.append((gradients.clone(), np.concatenate([np.ravel(value) for value in update.sums.values()]), len(part.groups)))
+        results.append(
+            (gradients.clone(), np.concatenate([np.ravel(value) for value in update.sums.values()]), len(part.groups))
+        )
     backend.close()
     return results
 

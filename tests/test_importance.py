@@ -75,18 +75,16 @@ def test_equal_policies_weigh_exactly_one(kind: str) -> None:
     old, _ = columns(torch.float32)
     weights, marks = IMPORTANCE[kind](old, old, SEQUENCES, cap=2.0)
     assert torch.equal(weights, torch.ones_like(old))
-    assert not marks["mismatch_kl"].any()
+    assert not marks.get("importance_capped", torch.zeros(1)).any()
 
 
 def test_tokens_of_the_sampler_weighed_are_tokens_of_the_trainer() -> None:
-    """Over a vocabulary: E_sampler[w f] = E_trainer[f] without a cap, and E_sampler[mismatch_kl] is the divergence."""
+    """Over a vocabulary: E_sampler[w f] = E_trainer[f] without a cap."""
     draw = torch.Generator().manual_seed(2)
     old, rollout = (torch.log_softmax(torch.randn(6, generator=draw, dtype=torch.float64), 0) for _ in range(2))
     f = torch.randn(6, generator=draw, dtype=torch.float64)
-    weights, marks = IMPORTANCE["token_tis"](old, rollout, torch.arange(6), cap=1e6)
+    weights, _ = IMPORTANCE["token_tis"](old, rollout, torch.arange(6), cap=1e6)
     torch.testing.assert_close((rollout.exp() * weights * f).sum(), (old.exp() * f).sum())
-    divergence = (rollout.exp() * (rollout - old)).sum()
-    torch.testing.assert_close((rollout.exp() * marks["mismatch_kl"]).sum(), divergence)
 
 
 LOG_PROBS = st.floats(-1e4, 0.0, width=32)

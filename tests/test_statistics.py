@@ -81,7 +81,9 @@ def test_what_the_advantages_look_like() -> None:
         "decided_overlap/count": Mean(total=0, count=1),
     }
     assert {name: means[name] for name in expected} == expected
-    assert not [name for name in means if name.startswith("decided") and name.endswith("/read")]  # no step between ranks
+    assert not [
+        name for name in means if name.startswith("decided") and name.endswith("/read")
+    ]  # no step between ranks
     scalars = advantage_scalars(TABLE, FLAGS)
     assert scalars["advantage_max/count"] == 1.0
     assert scalars["effective_n/count"] == 2

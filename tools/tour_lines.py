@@ -191,5 +191,13 @@ def of_weights(weights: Sequence[tuple[str, int]], changes: Sequence[float]) -> 
 
 def of_stats(stats: StepStats, task: str) -> str:
     """Some of the step's means, each with what it counted."""
-    names = (f"reward/{task}", f"accuracy/{task}", f"uniform/{task}", "response_length", "entropy", "clip_fraction", "grad_norm")
+    names = (
+        f"reward/{task}",
+        f"accuracy/{task}",
+        f"uniform/{task}",
+        "response_length",
+        "entropy",
+        "clip_fraction",
+        "grad_norm",
+    )
     return aligned((name, f"{stats.means[name].value:.2f}, over {stats.means[name].count:g}") for name in names)

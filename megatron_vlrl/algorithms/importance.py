@@ -3,8 +3,8 @@
 Engine and trainer compute the same policy with other kernels, so that the samples are slightly off policy. Every kind
 is `(old_log_probs, rollout_log_probs, sequences, *, cap) -> (weights, marks)`: old_log_probs: Float[Tensor, "R"], the
 trainer's at the step's start. rollout_log_probs: Float[Tensor, "R"], those drawn with. sequences: Int[Tensor, "R"], as
-for the objectives. cap: over 1. weights: Float[Tensor, "R"], detached. marks: Float[Tensor, "R"] each, to be averaged:
-`mismatch_kl` estimates KL(sampler || trainer). ValueError for columns of unequal shape.
+for the objectives. cap: over 1. weights: Float[Tensor, "R"], detached. marks: Float[Tensor, "R"] each, to be averaged.
+ValueError for columns of unequal shape.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def token_tis(
     """min(trainer / sampler, cap) by token: truncated importance sampling (F. Yao et al., "Your Efficient RL Framework
     Secretly Brings You Off-Policy RL Training", 2025).
 
-    marks: `importance`, the weight; `importance_capped`, 1 where the cap holds; `mismatch_kl`.
+    marks: `importance`, the weight; `importance_capped`, 1 where the cap holds.
     """
-    ratio, mismatch = _ratios(old_log_probs, rollout_log_probs, sequences)
+    require_same_shape(old_log_probs, rollout_log_probs, sequences)
+    ratio = (old_log_probs - rollout_log_probs).detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     weights = ratio.clamp(max=cap)
-    capped = (ratio > cap).to(ratio.dtype)
-    return weights, {"importance": weights, "importance_capped": capped, "mismatch_kl": mismatch}
+    return weights, {"importance": weights, "importance_capped": (ratio > cap).to(ratio.dtype)}
 
 
 def sequence_mask(
@@ -47,19 +47,12 @@ def sequence_mask(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """1 for the tokens of a response whose trainer / sampler, of the whole response, is in [1 / cap, cap]; else 0.
 
-    marks: `importance`, the weight, whose mean is the share of tokens kept; `mismatch_kl`.
+    marks: `importance`, the weight, whose mean is the share of tokens kept.
     """
-    ratio, mismatch = _ratios(old_log_probs, rollout_log_probs, sequences)
+    require_same_shape(old_log_probs, rollout_log_probs, sequences)
     total = sequence_sums((old_log_probs - rollout_log_probs).detach(), sequences)
-    weights = (total.abs() <= math.log(cap)).to(ratio.dtype)
-    return weights, {"importance": weights, "mismatch_kl": mismatch}
+    weights = (total.abs() <= math.log(cap)).to(total.dtype)
+    return weights, {"importance": weights}
 
 
 IMPORTANCE: dict[str, Importance] = {"none": none, "token_tis": token_tis, "sequence_mask": sequence_mask}
-
-
-def _ratios(old_log_probs: Tensor, rollout_log_probs: Tensor, sequences: Tensor) -> tuple[Tensor, Tensor]:
-    """trainer / sampler, and x - 1 - log x of it."""
-    require_same_shape(old_log_probs, rollout_log_probs, sequences)
-    log_ratio = (old_log_probs - rollout_log_probs).detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return log_ratio.exp(), log_ratio.exp() - 1.0 - log_ratio

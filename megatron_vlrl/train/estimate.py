@@ -21,6 +21,5 @@ def estimate(table: RewardTable, config: AdvantageConfig, state: Mapping[str, An
         table.components,
         component_weights=table.weights,
         lengths=table.length,
-        **config.options,
-        **kept,
+        options={**config.options, **kept},
     )
