@@ -1,10 +1,9 @@
 """The published sizes of Qwen3-VL by name, and parameters counted by module; torch-free.
 
 The numbers are those of the published config.json files, written down so that a size can be planned for without its
-folder. tests/test_sizes.py compares the parameters with transformers' own model of the same numbers and with the totals
-of the published weight files. Totals and numbers alike were written from memory, not read from the files; and of head
-size and number of heads, rotary base and sections, positions, DeepStack's places, token ids and the mixtures' unused
-dense width no total says anything. Training reads a folder's own config.json, never these.
+folder; docs/plan.md says in which public copies each was found. tests/test_sizes.py holds them to these files' fields,
+to transformers' own model of them, and to the totals of the published weight files. Training reads a folder's own
+config.json, never these.
 """
 
 from __future__ import annotations
