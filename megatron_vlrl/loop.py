@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_vlrl.algorithms import advantages, check_options
 from megatron_vlrl.algorithms.schedules import learning_rate
 from megatron_vlrl.backends import BackendOptions, build_backend
-from megatron_vlrl.backends.protocol import Saving, UpdateResult
+from megatron_vlrl.backends.protocol import OptimizerStep, Saving, UpdateResult
 from megatron_vlrl.checkpoint.export import export_model
 from megatron_vlrl.checkpoint.state import STATE_FILE, RunState, differences, summary
 from megatron_vlrl.checkpoint.store import CheckpointStore
@@ -161,7 +161,8 @@ class Run:
         results = []
         for minibatch in minibatches:
             if minibatch.responses:
-                result = self.updater.update(self.updater.pack(minibatch.groups), lr)
+                step = OptimizerStep.of(self.config.optimizer, lr=lr)
+                result = self.updater.update(self.updater.pack(minibatch.groups), step)
                 self.updates += result.skipped is None
                 results.append(result)
         return results

@@ -26,7 +26,7 @@ from megatron_vlrl.train.rewards import gather_table
 from megatron_vlrl.train.update import Updater
 from megatron_vlrl.types import RewardBreakdown, RolloutGroup
 from tests.groups import make_group
-from tests.reference import backend_options, make_groups, relative, renderer_and_sampling
+from tests.reference import at_rate, backend_options, make_groups, relative, renderer_and_sampling
 from tests.spawn import run_ranks
 from tests.tiny import make_tiny
 
@@ -151,7 +151,7 @@ def updates(folder: Path, parallel: dict[str, int], held: Sequence[Sequence[int]
     for balanced in balance:
         mine = share_out(own, chosen, cost, data).groups if balanced else own
         (part,) = make_minibatches(mine, table, result, active=rows, chosen=chosen, aggregation="sequence_mean")
-        update = updater.update(updater.pack(part.groups), lr=0.0)
+        update = updater.update(updater.pack(part.groups), at_rate(0.0))
         gradients = torch.cat([gradient.flatten() for _, gradient in sorted(backend.hf_gradients())])
         results.append((gradients.clone(), update.sums, len(part.groups)))
     backend.close()

@@ -23,7 +23,15 @@ from megatron_vlrl.train.minibatches import TrainGroup, assign, make_minibatches
 from megatron_vlrl.train.rewards import gather_table
 from megatron_vlrl.train.update import Updater
 from megatron_vlrl.types import RewardBreakdown, RolloutGroup
-from tests.reference import backend_options, gradients_of, hf_scores, make_groups, relative, renderer_and_sampling
+from tests.reference import (
+    at_rate,
+    backend_options,
+    gradients_of,
+    hf_scores,
+    make_groups,
+    relative,
+    renderer_and_sampling,
+)
 from tests.spawn import run_ranks
 from tests.tiny import make_tiny
 
@@ -155,7 +163,7 @@ def updates(folder: Path, parallel: Mapping[str, int], estimator: str, plans: Se
             backend=backend, algorithm=config, task_names=TASKS, microbatch_tokens=tokens, cost=packed_tokens
         )
         batches = updater.pack(members_of(expected.groups, split[data.rank], data, singly=singly))
-        update = updater.update(batches, lr=0.0)
+        update = updater.update(batches, at_rate(0.0))
         results[plan] = {
             "batches": len(batches),
             "gradients": {name: gradient.clone() for name, gradient in backend.hf_gradients()},

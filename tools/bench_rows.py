@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from megatron_vlrl.backends import BackendOptions, build_backend
+from megatron_vlrl.backends.protocol import OptimizerStep
 from megatron_vlrl.config.schema import AlgorithmConfig, LossConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_vlrl.packing import packed_tokens
 from megatron_vlrl.runtime.launch import World
@@ -137,7 +138,8 @@ def ours(folder: Path, groups: Sequence[RolloutGroup]) -> Callable[[str], object
         "grouped": train_groups(groups),
         "single": train_groups([one for group in groups for one in split(group)]),
     }
-    return lambda kind: updater.update(updater.pack(members[kind]), 1e-4)
+    step = OptimizerStep.of(options.optimizer, lr=options.optimizer.lr)
+    return lambda kind: updater.update(updater.pack(members[kind]), step)
 
 
 def split(group: RolloutGroup) -> list[RolloutGroup]:

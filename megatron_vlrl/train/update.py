@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_vlrl.algorithms.losses import LOSSES
 from megatron_vlrl.algorithms.shaping import entropy_sides, entropy_weights
-from megatron_vlrl.backends.protocol import Backend, TokenReport, UpdateResult
+from megatron_vlrl.backends.protocol import Backend, OptimizerStep, TokenReport, UpdateResult
 from megatron_vlrl.config.names import resolve_name
 from megatron_vlrl.config.schema import AlgorithmConfig
 from megatron_vlrl.packing import Microbatch, Targets, cut, pack, packed_tokens
@@ -42,10 +42,10 @@ class Updater:
             batches.append(row.with_targets(_targets(chosen)))
         return batches
 
-    def update(self, batches: Sequence[Microbatch], lr: float) -> UpdateResult:
-        """One update at learning rate `lr`, entropy shaping included."""
+    def update(self, batches: Sequence[Microbatch], step: OptimizerStep) -> UpdateResult:
+        """One update as `step` says, entropy shaping included."""
         shaped = self._with_entropy_weights(batches) if self.algorithm.entropy.coefficient else list(batches)
-        return self.backend.train_step(shaped, self._token_loss, lr)
+        return self.backend.train_step(shaped, self._token_loss, step)
 
     def _token_loss(self, batch: Microbatch, log_probs: Tensor, entropies: Tensor) -> tuple[Tensor, TokenReport]:
         targets, config = batch.targets, self.algorithm.loss
