@@ -14,7 +14,7 @@ from typing import Any
 from megatron_vlrl.algorithms import check_options
 from megatron_vlrl.algorithms.schedules import learning_rate
 from megatron_vlrl.backends import BackendOptions, build_backend
-from megatron_vlrl.backends.protocol import Saving
+from megatron_vlrl.backends.protocol import OptimizerStep, Saving
 from megatron_vlrl.checkpoint.export import export_model
 from megatron_vlrl.checkpoint.state import STATE_FILE, RunState, differences, summary
 from megatron_vlrl.checkpoint.store import CheckpointStore
@@ -136,8 +136,8 @@ class Run:
             version = self.done if self.engine.needs_weights else None
             minibatches = self.updater.prepare(division.updates, algorithm, version)
         with clock("update"):
-            lr = self._learning_rate(settings)
-            updates = [self.updater.update(minibatch, algorithm, lr) for minibatch in minibatches]
+            step = OptimizerStep.of(settings.optimizer, lr=self._learning_rate(settings))
+            updates = [self.updater.update(minibatch, algorithm, step) for minibatch in minibatches]
             if algorithm.kl.reference == "ema":
                 self.backend.move_reference(algorithm.kl.decay)
         self.done, self.updates = self.done + 1, self.updates + sum(u.skipped is None for u in updates)
@@ -148,7 +148,7 @@ class Run:
         if self.recorder:
             self.recorder.rollouts(self.done, batch, [result.values[rows_of(table, one.group)] for one in batch])
         stages = {**intake.scalars(), **division.shares.scalars()}
-        counts = {"lr": lr, "updates": float(self.updates), "bad_samples": float(len(self.bad))}
+        counts = {"lr": step.lr, "updates": float(self.updates), "bad_samples": float(len(self.bad))}
         return StepStats(
             step=self.done,
             means=step_means(intake.tables, table, result, updates, settings.reward),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_vlrl.backends import BackendOptions
-from megatron_vlrl.backends.protocol import TokenReport
+from megatron_vlrl.backends.protocol import OptimizerStep, TokenReport
 from megatron_vlrl.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_vlrl.models.qwen3_vl.render import Renderer
 from megatron_vlrl.packing import Microbatch, Targets, pack
@@ -229,10 +229,15 @@ def backend_options(
         folder=folder,
         model=ModelConfig(path=str(folder)),
         parallel=replace(ParallelConfig(), **parallel),
-        optimizer=OptimizerConfig(lr=1e-3, clip_norm=1e9, distributed=distributed, eps=eps),
+        optimizer=OptimizerConfig(lr=1e-3, distributed=distributed, eps=eps),
         sampling=sampling,
         seed=0,
     )
+
+
+def at_rate(lr: float, *, clip_norm: float = 0.0) -> OptimizerStep:
+    """A step without weight decay, by default without clipping too."""
+    return OptimizerStep(lr=lr, clip_norm=clip_norm, weight_decay=0.0)
 
 
 def local_state(backend: MegatronBackend) -> dict[str, Tensor]:

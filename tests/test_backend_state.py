@@ -22,7 +22,7 @@ from megatron_vlrl.backends.megatron import optimizer as optimizer_module
 from megatron_vlrl.backends.megatron.backend import MegatronBackend
 from megatron_vlrl.backends.megatron.names import EMBEDDING, HEAD, rules
 from megatron_vlrl.backends.megatron.optimizer import parts_of
-from megatron_vlrl.backends.protocol import TokenReport
+from megatron_vlrl.backends.protocol import OptimizerStep, TokenReport
 from megatron_vlrl.config.schema import OptimizerConfig
 from megatron_vlrl.errors import CheckpointError
 from megatron_vlrl.models.qwen3_vl.config import Qwen3VLSpec
@@ -62,7 +62,7 @@ def step(folder: Path, backend: Backend) -> float:
     renderer, _ = renderer_and_sampling(folder)
     data = backend.groups.data
     row = pack(make_groups(renderer)[data.rank :: data.size], multiple=backend.groups.tensor.size)
-    return backend.train_step([row], surprise, 1e-3).sums["loss"]
+    return backend.train_step([row], surprise, OptimizerStep.of(OPTIMIZER, lr=1e-3)).sums["loss"]
 
 
 def shards(backend: MegatronBackend) -> Iterator[tuple[str, nn.Parameter, int, Any, dict[str, Any], dict[str, Tensor]]]:

@@ -9,6 +9,7 @@ import torch
 
 from megatron_vlrl.backends.megatron import cpu
 from megatron_vlrl.backends.megatron.optimizer import apply_update
+from tests.reference import at_rate
 
 
 def updated(gradient: list[float], clip_norm: float) -> list[float]:
@@ -16,7 +17,7 @@ def updated(gradient: list[float], clip_norm: float) -> list[float]:
     cpu.install()
     weight = torch.nn.Parameter(torch.zeros(len(gradient)))
     weight.grad = torch.tensor(gradient)
-    descent = torch.optim.SGD([{"params": [weight], "lr_mult": 1.0}], lr=0.0)
+    descent = torch.optim.SGD([{"params": [weight], "lr_mult": 1.0, "wd_mult": 1.0}], lr=0.0)
     optimizer = SimpleNamespace(
         param_groups=descent.param_groups,
         prepare_grads=lambda: False,
@@ -25,7 +26,7 @@ def updated(gradient: list[float], clip_norm: float) -> list[float]:
         step_with_ready_grads=descent.step,
     )
     with cpu.on_device():
-        norm, finite = apply_update(optimizer, 1.0, clip_norm)
+        norm, finite = apply_update(optimizer, at_rate(1.0, clip_norm=clip_norm))
     assert norm == pytest.approx(torch.tensor(gradient).norm().item())
     assert finite
     return (-weight).tolist()

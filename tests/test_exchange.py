@@ -26,7 +26,7 @@ from megatron_vlrl.train.rewards import gather_table
 from megatron_vlrl.train.update import Updater
 from megatron_vlrl.types import RewardBreakdown, RolloutGroup, ScoredGroup
 from tests.groups import make_group
-from tests.reference import backend_options, make_groups, relative, renderer_and_sampling
+from tests.reference import at_rate, backend_options, make_groups, relative, renderer_and_sampling
 from tests.spawn import run_ranks
 from tests.tiny import make_tiny
 
@@ -158,7 +158,7 @@ def updates(folder: Path, parallel: dict[str, int], held: Sequence[Sequence[int]
             mine, table, result, moving=rows, chosen=chosen, aggregation="sequence_mean", constant=1
         )
         (batches,) = updater.prepare([part.groups], ALGORITHM, version=0)
-        update = updater.update(batches, ALGORITHM, lr=0.0)
+        update = updater.update(batches, ALGORITHM, at_rate(0.0))
         gradients = torch.cat([gradient.flatten() for _, gradient in sorted(backend.hf_gradients())])
         results.append(
             (gradients.clone(), np.concatenate([np.ravel(value) for value in update.sums.values()]), len(part.groups))

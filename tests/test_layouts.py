@@ -17,6 +17,7 @@ import torch
 from megatron_vlrl.types import RolloutGroup
 from tests.reference import (
     Reference,
+    at_rate,
     backend_options,
     hf_reference,
     make_groups,
@@ -120,7 +121,7 @@ def run(folder: Path, layout: Layout) -> tuple[dict[str, float], dict[str, torch
     data, multiple = backend.groups.data, backend.groups.tensor.size
     batches = make_microbatches(groups, reference, cuts[data.rank :: data.size], multiple)
     whole = backend.score(make_microbatches(groups, reference, [range(len(groups))], multiple))[0]
-    update = backend.train_step(batches, token_loss, lr=0.0)
+    update = backend.train_step(batches, token_loss, at_rate(0.0))
     gradients = dict(backend.hf_gradients())
     assert set(gradients) == set(reference.gradients)
     norm = float(torch.stack([gradient.norm() for gradient in reference.gradients.values()]).norm())
@@ -135,7 +136,7 @@ def run(folder: Path, layout: Layout) -> tuple[dict[str, float], dict[str, torch
     assert update.sums["tokens"] == len(reference.log_probs)
     assert update.maxima["top"] == pytest.approx(float(reference.log_probs.max()), rel=1e-5)
     for _ in range(3):
-        assert backend.train_step(batches, token_loss, lr=1.0).skipped is None
+        assert backend.train_step(batches, token_loss, at_rate(1.0)).skipped is None
     weights = {name: weight.clone() for name, weight in backend.hf_weights()}
     backend.close()
     return errors, weights

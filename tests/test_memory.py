@@ -14,7 +14,7 @@ from megatron_vlrl.backends.memory import Training, fullest_rank, rank_memory
 from megatron_vlrl.models.qwen3_vl.sizes import SIZES
 from megatron_vlrl.packing import Microbatch, Targets, pack
 from megatron_vlrl.parallel.dims import ParallelDims
-from tests.reference import backend_options, make_groups, renderer_and_sampling, token_loss
+from tests.reference import at_rate, backend_options, make_groups, renderer_and_sampling, token_loss
 from tests.saved_bytes import LiveBytes, saved_bytes
 from tests.spawn import run_ranks
 from tests.spec import SPEC
@@ -72,9 +72,9 @@ def measure(folder: Path, parallel: dict[str, Any], dtype: str, lengths: list[in
     assert len(batch.logit_rows) == row.logit_rows
     # A full pipeline, of rows that share nothing.
     batches = [batch, *(microbatch(renderer, lengths, count, dims.tensor)[0] for _ in range(dims.pipeline - 1))]
-    backend.train_step(batches, token_loss, lr=0.0)
+    backend.train_step(batches, token_loss, at_rate(0.0))
     with saved_bytes(parameter for chunk in backend.chunks for parameter in chunk.parameters()) as account:
-        backend.train_step(batches, token_loss, lr=0.0)
+        backend.train_step(batches, token_loss, at_rate(0.0))
     planned = stage_activations(
         backend.spec,
         row,
@@ -135,7 +135,7 @@ def live_and_planned(folder: Path) -> list[tuple[float, float]]:
     for recompute in (False, True):
         backend = build_backend(backend_options(folder, sampling, recompute_vision=recompute))
         batch, row = microbatch(renderer, [11, 11], 2, 1)
-        backend.train_step([batch], token_loss, lr=0.0)
+        backend.train_step([batch], token_loss, at_rate(0.0))
         weights = list(backend.weights.parameters.values())
         moments = [
             value
@@ -145,7 +145,7 @@ def live_and_planned(folder: Path) -> list[tuple[float, float]]:
             if isinstance(value, torch.Tensor)
         ]
         with LiveBytes([*weights, *(weight.main_grad for weight in weights), *moments]) as live:
-            backend.train_step([batch], token_loss, lr=0.0)
+            backend.train_step([batch], token_loss, at_rate(0.0))
         planned = stage_activations(
             backend.spec, row, backend.groups.dims, 4, stage=0, recompute="none", recompute_vision=recompute
         )
@@ -177,7 +177,7 @@ def held(folder: Path, parallel: dict[str, Any], dtype: str, distributed: bool) 
     backend = build_backend(options)
     dims = backend.groups.dims
     batch, row = microbatch(renderer, [11, 11], 1, dims.tensor)
-    backend.train_step([batch] * dims.pipeline, token_loss, lr=1e-3)
+    backend.train_step([batch] * dims.pipeline, token_loss, at_rate(1e-3))
     parameters = list(backend.weights.parameters.values())
     planned = rank_memory(
         backend.spec, dims, row, Training(width=WIDTHS[dtype], distributed=distributed), backend.groups.pipeline.rank

@@ -25,6 +25,7 @@ from megatron_vlrl.models.qwen3_vl.names import EXPERTS, hf_shapes
 from megatron_vlrl.parallel.dims import ParallelDims
 from tests.reference import (
     Reference,
+    at_rate,
     backend_options,
     hf_reference,
     hf_scores,
@@ -94,7 +95,7 @@ def compare(folder: Path, source: Path, parallel: dict[str, Any]) -> dict[str, f
     multiple = backend.groups.tensor.size
     batches = make_microbatches(groups, reference, cuts_of(backend), multiple)
     whole = backend.score(make_microbatches(groups, reference, [range(len(groups))], multiple))[0]
-    update = backend.train_step(batches, token_loss, lr=0.0)
+    update = backend.train_step(batches, token_loss, at_rate(0.0))
     gradients = {name: upright(name, gradient, reference) for name, gradient in backend.hf_gradients()}
     assert set(gradients) == set(reference.gradients)
     stored = dict(HFWeights(source).items())
@@ -170,17 +171,17 @@ def updated(folder: Path, target: Path, first: dict[str, Any], second: dict[str,
     """Two updates at the layout `first`, or what was saved after them at `second`, then one more update."""
     renderer, sampling = renderer_and_sampling(folder)
     reference = Reference(**torch.load(folder / "reference.pt", weights_only=True))
-    options = backend_options(folder, sampling, **(second or first))
-    backend = build_backend(replace(options, optimizer=replace(options.optimizer, clip_norm=0.1)))
+    backend = build_backend(backend_options(folder, sampling, **(second or first)))
+    step = at_rate(1e-3, clip_norm=0.1)
     batches = make_microbatches(make_groups(renderer), reference, cuts_of(backend), backend.groups.tensor.size)
     if second:
         backend.load(target)
     else:
         for _ in range(2):
-            backend.train_step(batches, token_loss, lr=1e-3)
+            backend.train_step(batches, token_loss, step)
         backend.save(target)
     saved = {name: weight.clone() for name, weight in backend.hf_weights()}
-    update = backend.train_step(batches, token_loss, lr=1e-3)
+    update = backend.train_step(batches, token_loss, step)
     result = {
         "saved": saved,
         "loss": update.sums["loss"],
@@ -224,7 +225,7 @@ def frozen(folder: Path) -> tuple[set[str], int]:
     backend: Any = build_backend(replace(options, model=model))
     before = local_state(backend)
     batches = make_microbatches(make_groups(renderer), reference, cuts_of(backend), 1)
-    backend.train_step(batches, token_loss, lr=1e-3)
+    backend.train_step(batches, token_loss, at_rate(1e-3))
     same = {name for name, p in backend.weights.parameters.items() if torch.equal(p, before[name])}
     backend.close()
     return same, len(backend.weights.parameters)

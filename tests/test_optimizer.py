@@ -18,12 +18,12 @@ from megatron_vlrl.backends.megatron import optimizer
 from megatron_vlrl.backends.megatron.adam import FusedAdam
 from megatron_vlrl.backends.megatron.names import EMBEDDING, HEAD, rules
 from megatron_vlrl.backends.megatron.optimizer import freeze, match_names
-from megatron_vlrl.backends.protocol import TokenReport
+from megatron_vlrl.backends.protocol import OptimizerStep, TokenReport
 from megatron_vlrl.config.schema import ModelConfig, OptimizerConfig
 from megatron_vlrl.errors import ConfigError
 from megatron_vlrl.packing import Microbatch, pack
 from megatron_vlrl.types import RolloutGroup
-from tests.reference import backend_options, make_groups, relative, renderer_and_sampling
+from tests.reference import at_rate, backend_options, make_groups, relative, renderer_and_sampling
 from tests.spawn import run_ranks
 from tests.spec import SPEC
 from tests.tiny import make_tiny
@@ -31,12 +31,14 @@ from tests.tiny import make_tiny
 CONFIG = OptimizerConfig(
     betas=(0.8, 0.9),
     eps=1e-3,  # so large that a gradient of nothing but rounding does not decide a step
-    weight_decay=0.3,
-    clip_norm=0.5,
     lr_scale={"model.visual.*": 0.25, "model.visual.merger.*": 3.0, "*.layers.1.*": 0.5, "*.embed_tokens.*": 2.0},
 )
 FREEZE = ("*.layers.0.*", "model.visual.pos_embed.weight")
-RATES = (1e-2, 2e-3, 5e-3)
+UPDATES = (
+    OptimizerStep(lr=1e-2, clip_norm=0.5, weight_decay=0.3),
+    OptimizerStep(lr=2e-3, clip_norm=0.2, weight_decay=3.0),
+    OptimizerStep(lr=5e-3, clip_norm=0.0, weight_decay=0.1),
+)
 BAD = ("loss", "gradient")
 
 
@@ -67,13 +69,13 @@ def spoilt(kind: str, *, here: bool) -> Callable[..., tuple[Tensor, TokenReport]
 
 
 def torch_adamw(weights: dict[str, Tensor]) -> tuple[dict[str, torch.nn.Parameter], torch.optim.AdamW]:
-    """The same settings written out for each tensor: no decay of vectors, factors of the rate, frozen ones left out."""
+    """The same settings written out for each tensor: `decays` or not, factors of the rate, frozen ones left out."""
     parameters = {name: torch.nn.Parameter(weight.clone()) for name, weight in weights.items() if not frozen(name)}
     groups = [
         {
             "params": [parameter],
             "factor": factor(name),
-            "weight_decay": CONFIG.weight_decay if parameter.dim() > 1 else 0.0,
+            "decays": parameter.dim() > 1,
         }
         for name, parameter in parameters.items()
     ]
@@ -84,11 +86,11 @@ def copy_of(backend: Backend) -> dict[str, Tensor]:
     return {name: weight.clone() for name, weight in backend.hf_weights()}
 
 
-def make(folder: Path, layout: dict[str, Any], *, clip_norm: float = CONFIG.clip_norm) -> Backend:
+def make(folder: Path, layout: dict[str, Any]) -> Backend:
     """`layout`: ParallelConfig's settings, and `distributed`."""
     optimizer.BUCKET_SIZE = 10_000
     _, sampling = renderer_and_sampling(folder)
-    config = replace(CONFIG, clip_norm=clip_norm, distributed=layout.get("distributed", False))
+    config = replace(CONFIG, distributed=layout.get("distributed", False))
     options = backend_options(folder, sampling, **{key: layout[key] for key in layout if key != "distributed"})
     return build_backend(replace(options, model=ModelConfig(path=str(folder), freeze=FREEZE), optimizer=config))
 
@@ -103,13 +105,14 @@ def train(folder: Path, layout: dict[str, Any]) -> list[dict[str, Any]]:
     before = copy_of(backend)
     parameters, reference = torch_adamw(before)
     results = []
-    for number, rate in enumerate(RATES):
+    for number, step in enumerate(UPDATES):
         if number == 2 and data.size > 1:
             results += [bad_step(backend, batches, kind) for kind in BAD]
-        update = backend.train_step(batches, mean_surprise, rate)
+        update = backend.train_step(batches, mean_surprise, step)
         gradients = dict(backend.hf_gradients())
         for group, (name, parameter) in zip(reference.param_groups, parameters.items(), strict=True):
-            group["lr"] = rate * group["factor"]
+            group["lr"] = step.lr * group["factor"]
+            group["weight_decay"] = step.weight_decay if group["decays"] else 0.0
             parameter.grad = gradients[name].clone()
         reference.step()
         after = copy_of(backend)
@@ -146,7 +149,7 @@ def everything(backend: Any) -> dict[str, Tensor]:
 def bad_step(backend: Backend, batches: list[Microbatch], kind: str) -> dict[str, Any]:
     """A step that is not finite on one data rank."""
     before = everything(backend)
-    update = backend.train_step(batches, spoilt(kind, here=backend.groups.data.rank == 1), 1e-2)
+    update = backend.train_step(batches, spoilt(kind, here=backend.groups.data.rank == 1), at_rate(1e-2))
     after = everything(backend)
     assert set(before) == set(after)
     return {
@@ -176,10 +179,10 @@ def ranks(folder: Path, request: pytest.FixtureRequest) -> list[list[dict[str, A
 
 
 def check_steps(steps: list[dict[str, Any]]) -> None:
-    for step in steps:
+    for step, settings in zip(steps, UPDATES, strict=True):
         assert step["skipped"] is None
-        assert step["norm"] > CONFIG.clip_norm
-        assert step["clipped"] == pytest.approx(CONFIG.clip_norm, rel=1e-5)
+        assert step["norm"] > settings.clip_norm
+        assert step["clipped"] == pytest.approx(settings.clip_norm or step["norm"], rel=1e-5)
         assert step["frozen"] == []
         assert step["still"] == []
         assert step["tied"]
@@ -203,7 +206,7 @@ def train_with_frozen_table(folder: Path) -> tuple[list[str], int]:
     model = ModelConfig(path=str(folder), freeze=("*.embed_tokens.weight",))
     backend = build_backend(replace(backend_options(folder, sampling, pipeline=2), model=model))
     before = {name: weight.clone() for name, weight in backend.weights.parameters.items()}
-    backend.train_step([pack(make_groups(renderer))], mean_surprise, 1e-2)
+    backend.train_step([pack(make_groups(renderer))], mean_surprise, at_rate(1e-2))
     moved = [name for name, weight in backend.weights.parameters.items() if not torch.equal(weight, before[name])]
     backend.close()
     return moved, len(before)
@@ -240,15 +243,15 @@ def images_here_and_there(folder: Path, layout: dict[str, Any]) -> list[dict[str
     Not clipped: the norm is added up in another order where the optimizer is distributed.
     """
     renderer, _ = renderer_and_sampling(folder)
-    backend = make(folder, layout, clip_norm=0.0)
+    backend = make(folder, layout)
     groups, rank = make_groups(renderer), backend.groups.data.rank
     started = count_early_starts(backend)
     results = []
     for number, cuts in enumerate(STEPS):
         batches = [pack([groups[index] for index in cut]) for cut in cuts[rank]]
         if number == 2:
-            assert backend.train_step(batches, spoilt("loss", here=rank == 1), 1e-2).skipped
-        update = backend.train_step(batches, mean_surprise, 1e-2)
+            assert backend.train_step(batches, spoilt("loss", here=rank == 1), at_rate(1e-2)).skipped
+        update = backend.train_step(batches, mean_surprise, at_rate(1e-2))
         result = {"norm": torch.tensor(update.grad_norm), "score": backend.score(batches)[-1].log_probs.clone()}
         result |= {f"gradient of {name}": gradient.clone() for name, gradient in backend.hf_gradients()}
         results.append(result | copy_of(backend))

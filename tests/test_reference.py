@@ -27,7 +27,7 @@ from megatron_vlrl.models.qwen3_vl.config import Qwen3VLSpec
 from megatron_vlrl.models.qwen3_vl.names import hf_shapes
 from megatron_vlrl.packing import Microbatch, pack
 from megatron_vlrl.parallel.collectives import world_group
-from tests.reference import backend_options, local_state, make_groups, relative, renderer_and_sampling
+from tests.reference import at_rate, backend_options, local_state, make_groups, relative, renderer_and_sampling
 from tests.spawn import run_ranks
 from tests.test_backend_state import BUCKET_SIZE, draws, surprise, world_of
 from tests.tiny import make_tiny
@@ -71,7 +71,7 @@ def all_rows(folder: Path, backend: MegatronBackend) -> list[Microbatch]:
 def update(folder: Path, backend: MegatronBackend, lr: float = 1.0) -> float:
     groups, data = make_groups(renderer_and_sampling(folder)[0]), backend.groups.data
     row = pack(groups[data.rank :: data.size], multiple=backend.groups.tensor.size)
-    return backend.train_step([row], surprise, lr).sums["loss"]
+    return backend.train_step([row], surprise, at_rate(lr)).sums["loss"]
 
 
 def scores(folder: Path, backend: MegatronBackend, *, reference: bool = False) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_vlrl.backends.megatron import cpu
 from megatron_vlrl.backends.protocol import TokenReport
 from megatron_vlrl.packing import Microbatch, pack
-from tests.reference import backend_options, make_groups, renderer_and_sampling
+from tests.reference import at_rate, backend_options, make_groups, renderer_and_sampling
 from tests.spawn import run_ranks
 from tests.tiny import make_tiny
 
@@ -61,7 +61,7 @@ def life(folder: Path, target: Path, shim: str) -> tuple[str, list[str]]:
     try:
         backend = build_backend(backend_options(folder, sampling))
         done = "step"
-        backend.train_step([pack(make_groups(renderer)[:1])], mean_surprise, 1e-3)
+        backend.train_step([pack(make_groups(renderer)[:1])], mean_surprise, at_rate(1e-3))
         done = "save"
         backend.save(target)
     except (AssertionError, RuntimeError) as error:  # how torch without CUDA answers

@@ -23,7 +23,7 @@ from megatron_vlrl.train.minibatches import TrainGroup, assign, make_minibatches
 from megatron_vlrl.train.rewards import gather_table
 from megatron_vlrl.train.update import Updater
 from megatron_vlrl.types import RewardBreakdown, RolloutGroup, ScoredGroup
-from tests.reference import backend_options, gradients_of, hf_scores, make_groups, relative, renderer_and_sampling
+from tests.reference import at_rate, backend_options, gradients_of, hf_scores, make_groups, relative, renderer_and_sampling
 from tests.spawn import run_ranks
 from tests.tiny import make_tiny
 
@@ -148,13 +148,13 @@ def updates(folder: Path, parallel: Mapping[str, int], estimator: str, plans: Se
     for plan in plans:
         split, tokens, singly = PLANS[plan]
         algorithm = AlgorithmConfig(
-            loss=LossConfig(options=CLIP),
+            loss=LossConfig(options=CLIP, importance="none"),
             entropy=EntropyConfig(coefficient=COEFFICIENT, estimator=estimator, bands=expected.bands),
         )
         updater = Updater(backend=backend, task_names=TASKS, microbatch_tokens=tokens, cost=packed_tokens)
         members = members_of(expected.groups, split[data.rank], data, singly=singly)
         (batches,) = updater.prepare([members], algorithm, version=0)
-        update = updater.update(batches, algorithm, lr=0.0)
+        update = updater.update(batches, algorithm, at_rate(0.0))
         results[plan] = {
             "batches": len(batches),
             "gradients": {name: gradient.clone() for name, gradient in backend.hf_gradients()},

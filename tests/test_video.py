@@ -25,6 +25,7 @@ from tests.clips import clip, processed, with_videos
 from tests.reference import (
     TEMPERATURES,
     Reference,
+    at_rate,
     backend_options,
     hf_reference,
     hf_scores,
@@ -148,7 +149,7 @@ def compare(folder: Path, parallel: dict[str, Any]) -> dict[str, float]:
     backend = build_backend(backend_options(folder, sampling, **parallel))
     multiple = backend.groups.tensor.size
     whole = backend.score(make_microbatches(groups, reference, [range(len(groups))], multiple))[0]
-    backend.train_step(make_microbatches(groups, reference, [[0, 2], [1, 3]], multiple), token_loss, lr=0.0)
+    backend.train_step(make_microbatches(groups, reference, [[0, 2], [1, 3]], multiple), token_loss, at_rate(0.0))
     gradients = {name: relative(value, reference.gradients[name]) for name, value in backend.hf_gradients()}
     backend.close()
     return {

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from megatron_vlrl.backends import BackendOptions, build_backend
+from megatron_vlrl.backends.protocol import OptimizerStep
 from megatron_vlrl.config.schema import AlgorithmConfig, LossConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_vlrl.packing import packed_tokens
 from megatron_vlrl.runtime.launch import World
@@ -139,7 +140,7 @@ def ours(folder: Path, groups: Sequence[RolloutGroup]) -> Callable[[str], object
 
     def update(kind: str) -> object:
         (batches,) = updater.prepare([members[kind]], algorithm, version=None)
-        return updater.update(batches, algorithm, 1e-4)
+        return updater.update(batches, algorithm, OptimizerStep(lr=1e-4, clip_norm=1.0, weight_decay=0.0))
 
     return update
 

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from examples.quickstart import make_digits, make_model
+from megatron_vlrl.backends.protocol import OptimizerStep
 from megatron_vlrl.config.load import load
 from megatron_vlrl.config.schema import Config
 from megatron_vlrl.data.prepare import prepare
@@ -71,7 +72,7 @@ def trace(config: Config) -> dict[str, str]:
     show["row"] = lines.of_row(row)
 
     [before] = run.backend.score([row])
-    update = run.updater.update([row], config.algorithm, config.optimizer.lr)
+    update = run.updater.update([row], config.algorithm, OptimizerStep.of(config.optimizer, lr=config.optimizer.lr))
     show["update"] = lines.of_update(before, update, config.optimizer.lr)
 
     run.engine.update_weights(run.backend.hf_weights(), 1)

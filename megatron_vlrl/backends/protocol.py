@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from megatron_vlrl.config.schema import OptimizerConfig
     from megatron_vlrl.packing.rows import Microbatch
     from megatron_vlrl.parallel.groups import ProcessGroups
 
@@ -49,6 +50,21 @@ class UpdateResult:
     maxima: Mapping[str, float]
     grad_norm: float
     skipped: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerStep:
+    """What one update is taken with. lr: before a parameter's own factor. clip_norm: greatest norm of the whole
+    gradient; 0: not clipped. weight_decay: of matrices; vectors have none."""
+
+    lr: float
+    clip_norm: float
+    weight_decay: float
+
+    @classmethod
+    def of(cls, config: OptimizerConfig, *, lr: float) -> OptimizerStep:
+        """A step's settings, and its learning rate."""
+        return cls(lr=lr, clip_norm=config.clip_norm, weight_decay=config.weight_decay)
 
 
 class Saving(Protocol):
@@ -98,8 +114,10 @@ class Backend(Protocol):
         """reference = decay * reference + (1 - decay) * policy, in float32."""
         ...
 
-    def train_step(self, microbatches: Sequence[Microbatch], token_loss: TokenLoss, lr: float) -> UpdateResult:
-        """Accumulate the microbatches' gradients over the data group, clip, and update at learning rate `lr`."""
+    def train_step(
+        self, microbatches: Sequence[Microbatch], token_loss: TokenLoss, step: OptimizerStep
+    ) -> UpdateResult:
+        """Accumulate the microbatches' gradients over the data group, clip, and update, as `step` says."""
         ...
 
     def save(self, folder: Path, *, asynchronous: bool = False) -> Saving | None:

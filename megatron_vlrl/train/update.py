@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_vlrl.algorithms.shaping import entropy_sides, entropy_weights
-from megatron_vlrl.backends.protocol import Backend, UpdateResult
+from megatron_vlrl.backends.protocol import Backend, OptimizerStep, UpdateResult
 from megatron_vlrl.config.schema import AlgorithmConfig
 from megatron_vlrl.packing import Microbatch, Targets, cut, pack, packed_tokens
 from megatron_vlrl.parallel.collectives import sum_over
@@ -44,13 +44,15 @@ class Updater:
             updates = [self._with_scores(batches, "reference_log_probs", reference=True) for batches in updates]
         return updates
 
-    def update(self, batches: Sequence[Microbatch], algorithm: AlgorithmConfig, lr: float) -> UpdateResult:
-        """One update at learning rate `lr`, entropy shaping included."""
+    def update(
+        self, batches: Sequence[Microbatch], algorithm: AlgorithmConfig, step: OptimizerStep
+    ) -> UpdateResult:
+        """One update with the optimizer's settings of this step, entropy shaping included."""
         if algorithm.entropy.coefficient:
             weights = self._entropy_weights(batches, algorithm)
             batches = [_with_entropy_weights(batch, weights) for batch in batches]
         loss = partial(token_loss, algorithm=algorithm, tasks=len(self.task_names))
-        return self.backend.train_step(batches, loss, lr)
+        return self.backend.train_step(batches, loss, step)
 
     def _pack(self, members: Sequence[TrainGroup], algorithm: AlgorithmConfig, version: int | None) -> list[Microbatch]:
         """Packed rows of at most `microbatch_tokens`; at least one, as every rank takes part in an update."""

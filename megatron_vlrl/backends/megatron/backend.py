@@ -35,7 +35,7 @@ from megatron_vlrl.backends.megatron.overlap import Overlap
 from megatron_vlrl.backends.megatron.pipeline import VaryingShapeP2P, backward_group
 from megatron_vlrl.backends.megatron.reference import Reference
 from megatron_vlrl.backends.megatron.weights import WeightMap
-from megatron_vlrl.backends.protocol import Saving, TokenLoss, TokenScores, UpdateResult
+from megatron_vlrl.backends.protocol import OptimizerStep, Saving, TokenLoss, TokenScores, UpdateResult
 from megatron_vlrl.models.hf_files import HFWeights
 from megatron_vlrl.models.qwen3_vl.config import Qwen3VLSpec
 from megatron_vlrl.models.qwen3_vl.names import as_stored, hf_shapes
@@ -145,7 +145,9 @@ class MegatronBackend:
         self._complete_weights()
         self._kept_reference().move(decay)
 
-    def train_step(self, microbatches: Sequence[Microbatch], token_loss: TokenLoss, lr: float) -> UpdateResult:
+    def train_step(
+        self, microbatches: Sequence[Microbatch], token_loss: TokenLoss, step: OptimizerStep
+    ) -> UpdateResult:
         """One update from the sum of the microbatches' losses over all data ranks."""
 
         def loss(batch: Microbatch, log_probs: Tensor, entropies: Tensor) -> _LossOutput:
@@ -160,7 +162,7 @@ class MegatronBackend:
         skipped: str | None = "non-finite loss"
         if np.isfinite(sums["loss"]):
             with cpu.on_device():
-                norm, updated = apply_update(self.optimizer, lr, self.options.optimizer.clip_norm)
+                norm, updated = apply_update(self.optimizer, step)
             skipped = None if updated else "non-finite gradient"
         if self._overlap:
             self._overlap.gather_parameters()

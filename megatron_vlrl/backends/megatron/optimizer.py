@@ -19,6 +19,7 @@ from torch import nn
 
 from megatron_vlrl.backends.megatron import adam
 from megatron_vlrl.backends.megatron.names import EMBEDDING, HEAD, Rule
+from megatron_vlrl.backends.protocol import OptimizerStep
 from megatron_vlrl.config.schema import OptimizerConfig
 from megatron_vlrl.errors import ConfigError
 
@@ -79,7 +80,7 @@ def build_optimizer(
     bf16: bool,
     overlap: bool,
 ) -> MegatronOptimizer:
-    """megatron-core's optimizer; each group's `lr_mult` is its factor on the learning rate of the step.
+    """megatron-core's optimizer; each group's `lr_mult` and `wd_mult` are factors on what a step is taken with.
 
     `lr_mult` is among the keys by which megatron-core tells groups apart when it loads a checkpoint; `max_lr` is not.
     """
@@ -101,8 +102,6 @@ def build_optimizer(
         adam_beta1=config.betas[0],
         adam_beta2=config.betas[1],
         adam_eps=config.eps,
-        weight_decay=config.weight_decay,
-        clip_grad=config.clip_norm,
         bf16=bf16,
         use_distributed_optimizer=config.distributed,
         overlap_param_gather=config.distributed and overlap,
@@ -112,8 +111,6 @@ def build_optimizer(
         # Its shards are views of the weights on purpose; torch warns of that on every rank.
         text = r"The \.grad attribute of a Tensor that is not a leaf"
         warnings.filterwarnings("ignore", message=text, module="megatron.core.optimizer")
-    for group in optimizer.param_groups:
-        group["weight_decay"] = config.weight_decay * group["wd_mult"]
     for part in parts_of(optimizer):
         if part.init_state_fn is not None:
             part.init_state_fn(part.optimizer)  # zeros, so that a checkpoint of a run without an update is whole
@@ -126,20 +123,21 @@ def parts_of(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     return parts
 
 
-def apply_update(optimizer: MegatronOptimizer, lr: float, clip_norm: float) -> tuple[float, bool]:
-    """Clip to `clip_norm`, unless it is 0, and update at `lr`; (gradient norm over the whole model, whether finite).
+def apply_update(optimizer: MegatronOptimizer, step: OptimizerStep) -> tuple[float, bool]:
+    """Clip and update as `step` says; (gradient norm over the whole model, whether finite).
 
     A non-finite norm leaves weights and optimizer untouched: the norm is the same on every rank, so all skip together.
     """
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_mult"]
+        group["lr"] = step.lr * group["lr_mult"]
+        group["weight_decay"] = step.weight_decay * group["wd_mult"]
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
     if not math.isfinite(norm):
         return norm, False
     for part in parts_of(optimizer):
-        if clip_norm and part.get_parameters():
-            clip_grad_by_total_norm_fp32(part.get_parameters(), clip_norm, norm)
+        if step.clip_norm and part.get_parameters():
+            clip_grad_by_total_norm_fp32(part.get_parameters(), step.clip_norm, norm)
     optimizer.step_with_ready_grads()
     return norm, True
 
