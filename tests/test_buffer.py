@@ -111,7 +111,7 @@ def test_nothing_is_lost_or_doubled_over_ranks(drawn: list[tuple[bool, int]], wa
     while len(buffers[0]):
         parts = [positions(buffer.take(wanted)) for buffer in buffers]
         assert all(part == sorted(part) for part in parts)
-        step = sorted(sum(parts, []))
+        step = sorted(position for part in parts for position in part)
         assert len(step) == wanted or not len(buffers[0])
         assert {len(buffer) for buffer in buffers} == {len(buffers[0])}
         taken += step

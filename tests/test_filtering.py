@@ -54,7 +54,7 @@ def test_every_group_is_in_exactly_one_place(groups: dict[int, list[float]], rul
     groups = dict(sorted(groups.items()))
     filtered = filter_groups(*columns(groups), rule)
     parts = [getattr(filtered, name).tolist() for name in ("kept", "right", "wrong", "neither")]
-    assert sorted(sum(parts, [])) == list(groups)
+    assert sorted(group for part in parts for group in part) == list(groups)
     if rule == "std":
         assert parts[0] == [g for g, v in groups.items() if len({x for x in v if not math.isnan(x)}) > 1]
 

@@ -10,9 +10,9 @@ from dataclasses import replace
 import numpy as np
 import torch.distributed as dist
 
+from megatron_vlrl.errors import DataError
 from megatron_vlrl.parallel.collectives import gather_objects
 from megatron_vlrl.parallel.groups import Group
-from megatron_vlrl.errors import DataError
 from megatron_vlrl.train.rewards import gather_table, score_groups
 from megatron_vlrl.types import RewardBreakdown, RewardFailure, RewardTable, RolloutGroup, ScoredGroup
 from tests.groups import make_group

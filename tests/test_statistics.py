@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_vlrl.backends.protocol import UpdateResult
+from megatron_vlrl.train.quantiles import BINS
 from megatron_vlrl.train.statistics import (
     advantage_means,
     advantage_scalars,
@@ -18,7 +19,6 @@ from megatron_vlrl.train.statistics import (
     update_scalars,
     why_skipped,
 )
-from megatron_vlrl.train.quantiles import BINS
 from megatron_vlrl.types import AdvantageResult, Mean, RewardTable
 
 NAN = math.nan

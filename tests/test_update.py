@@ -23,7 +23,15 @@ from megatron_vlrl.train.minibatches import TrainGroup, assign, make_minibatches
 from megatron_vlrl.train.rewards import gather_table
 from megatron_vlrl.train.update import Updater
 from megatron_vlrl.types import RewardBreakdown, RolloutGroup, ScoredGroup
-from tests.reference import at_rate, backend_options, gradients_of, hf_scores, make_groups, relative, renderer_and_sampling
+from tests.reference import (
+    at_rate,
+    backend_options,
+    gradients_of,
+    hf_scores,
+    make_groups,
+    relative,
+    renderer_and_sampling,
+)
 from tests.spawn import run_ranks
 from tests.tiny import make_tiny
 

@@ -85,5 +85,5 @@ def test_a_damaged_file_is_told(tmp_path: Path) -> None:
     write_waiting(tmp_path, [waiting(3)], single())
     path = tmp_path / WAITING_FILE
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(CheckpointError, match="waiting_groups.npz is damaged"):
+    with pytest.raises(CheckpointError, match=r"waiting_groups\.npz is damaged"):
         read_waiting(tmp_path, prompt_at, Group.single())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_vlrl.algorithms.blocks import block_starts
+from megatron_vlrl.algorithms.blocks import ascending, sort_blocks
 from megatron_vlrl.algorithms.columns import Floats, Ints
 
 TIE = 1e-9  # totals this close share a rank
@@ -18,15 +18,12 @@ def deciding_component(totals: Floats, components: Floats, weights: Floats, grou
     NaN where a rollout has no such component, which counts as 0.
     """
     decided = np.full(len(totals), -1, dtype=np.int64)
-    valid = np.flatnonzero(np.isfinite(totals))
-    order = valid[np.lexsort((totals[valid], groups[valid]))]
-    if not len(order) or not components.shape[1]:
+    if not components.shape[1]:
         return decided
-    parts = (np.nan_to_num(components) * weights)[order]
-    above = np.ones(len(order), dtype=np.bool_)
-    above[block_starts(groups[order])] = False
-    above[1:] &= np.diff(totals[order]) > TIE
-    above[0] = False
+    blocks = sort_blocks(totals, groups, ascending(totals, np.isfinite(totals)))
+    above = blocks.fresh(TIE)
+    above[blocks.starts] = False
     rows = np.flatnonzero(above)
-    decided[order[rows]] = np.argmax(parts[rows] - parts[rows - 1], axis=1)
+    parts = (np.nan_to_num(components) * weights)[blocks.order]
+    decided[blocks.order[rows]] = np.argmax(parts[rows] - parts[rows - 1], axis=1)
     return decided

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_vlrl.algorithms.blocks import block_starts
+from megatron_vlrl.algorithms.blocks import ascending, sort_blocks
 from megatron_vlrl.algorithms.columns import Bools, Floats, Ints
 from megatron_vlrl.config.names import resolve_name
 
@@ -37,23 +37,17 @@ class Filtered:
 
 
 def filter_groups(accuracy: Floats, groups: Ints, rule: str) -> Filtered:
-    """Apply a rule of FILTERS to the groups of N rollouts, which must be sorted by group.
+    """Apply a rule of FILTERS to the groups of N rollouts.
 
     accuracy: float64[N] in [0, 1], NaN where a verifier failed: such rollouts have no say, and a group of none but
     them is dropped, except with `off`. Raises ConfigError for an unknown rule.
     """
     keep = resolve_name(rule, FILTERS, "algorithm.filter.rule")
-    ids = groups[block_starts(groups)]
-    valid = np.isfinite(accuracy)
-    value, group = accuracy[valid], groups[valid]
-    starts = block_starts(group)
-    if not len(starts):
-        empty = ids[:0]
-        return Filtered(kept=ids if rule == "off" else empty, right=empty, wrong=empty, neither=ids)
-    low, high = np.minimum.reduceat(value, starts), np.maximum.reduceat(value, starts)
-    mean = np.add.reduceat(value, starts) / np.diff(starts, append=len(value))
-    judged = group[starts]
-    kept = ids if rule == "off" else judged[keep(mean, low, high)]
+    ids = np.unique(groups)
+    blocks = sort_blocks(accuracy, groups, ascending(accuracy, np.isfinite(accuracy)))
+    judged = groups[blocks.order[blocks.starts]]
+    low, high = blocks.values[blocks.starts], blocks.values[blocks.starts + blocks.sizes - 1]
+    kept = ids if rule == "off" else judged[keep(blocks.sums(blocks.values) / blocks.sizes, low, high)]
     out = ~np.isin(judged, kept)
     right, wrong = judged[out & (low >= HIGH)], judged[out & (high <= LOW)]
     return Filtered(

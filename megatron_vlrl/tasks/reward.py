@@ -23,7 +23,7 @@ def reward_group(group: RolloutGroup, config: RewardConfig) -> tuple[RewardBreak
     total = (1 - w_format - w_length) * accuracy + w_format * format + w_length * length. Accuracy needs the
     format: a response that `parse_answer` cannot read has no answer, so both are 0. The length component is there
     when it has a weight and the task a band; without one its weight stays with accuracy.
-    In the total, components named in `quantize` count rounded to multiples of their step; they are reported as they are.
+    In the total, components named in `quantize` are rounded to multiples of their step; reported is what they were.
     A verifier that raises, gives no number in [0, 1], or has no valid gold gives a failure with total NaN.
     """
     sample = group.prompt.sample

@@ -44,9 +44,7 @@ class Updater:
             updates = [self._with_scores(batches, "reference_log_probs", reference=True) for batches in updates]
         return updates
 
-    def update(
-        self, batches: Sequence[Microbatch], algorithm: AlgorithmConfig, step: OptimizerStep
-    ) -> UpdateResult:
+    def update(self, batches: Sequence[Microbatch], algorithm: AlgorithmConfig, step: OptimizerStep) -> UpdateResult:
         """One update with the optimizer's settings of this step, entropy shaping included."""
         if algorithm.entropy.coefficient:
             weights = self._entropy_weights(batches, algorithm)
