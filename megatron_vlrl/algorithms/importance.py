@@ -3,8 +3,8 @@
 Engine and trainer compute the same policy with other kernels, so that the samples are slightly off policy. Every kind
 is `(old_log_probs, rollout_log_probs, sequences, *, cap) -> (weights, marks)`: old_log_probs: Float[Tensor, "R"], the
 trainer's at the step's start. rollout_log_probs: Float[Tensor, "R"], those drawn with. sequences: Int[Tensor, "R"], as
-for the objectives. cap: 1 or more. weights: Float[Tensor, "R"], detached. marks: Float[Tensor, "R"] each, to be averaged:
-`mismatch_kl` estimates KL(sampler || trainer). ValueError for columns of unequal shape.
+for the objectives. cap: 1 or more. weights: Float[Tensor, "R"], detached. marks: Float[Tensor, "R"] each, to be
+averaged: `mismatch_kl` estimates KL(sampler || trainer). ValueError for columns of unequal shape.
 """
 
 from __future__ import annotations
