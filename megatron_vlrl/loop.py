@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlrl.algorithms import check_options
+from megatron_vlrl.algorithms.losses import check_loss_options
 from megatron_vlrl.algorithms.schedules import learning_rate
 from megatron_vlrl.backends import BackendOptions, build_backend
 from megatron_vlrl.backends.protocol import OptimizerStep, Saving
@@ -56,6 +57,7 @@ CONFIG_FILE = "config.yaml"
 def train(config: Config) -> str:
     """Train as `config` says; the table that ends the run (rank 0's). Every rank of the job calls it."""
     check_options(config.algorithm.advantage.kind, config.algorithm.advantage.options)
+    check_loss_options(config.algorithm.loss.kind, config.algorithm.loss.options)
     world = world_from_env(os.environ)
     with joined(world, timeout_seconds=config.parallel.timeout_seconds, threads=config.run.threads):
         seed_all(config.run.seed)

@@ -185,6 +185,8 @@ def test_the_gate_of_sapo_is_the_slope_of_its_objective() -> None:
     _, marks, gradient = apply("sapo", columns)
     ratio = torch.exp(columns["new"] - columns["old"])
     torch.testing.assert_close(gradient, -marks["gate"] * ratio * columns["advantages"])
+    tau = torch.where(columns["advantages"] > 0, torch.tensor(2.0), torch.tensor(3.5))
+    torch.testing.assert_close(marks["gate"], torch.cosh(tau / 2 * (ratio - 1)) ** -2)
 
 
 @pytest.mark.parametrize("kind", RATIO_KINDS)
