@@ -263,14 +263,16 @@ class RewardTable:
 class AdvantageResult:
     """One float64 for each rollout, in the order of the rewards given.
 
-    uniform: its group's rewards are all equal (A = 0, unless asked to keep). tied: shares its rank.
+    uniform: its group's rewards are all equal (A = 0, unless the kind says otherwise). tied: shares its rank.
     dropped: left out of the ranking (failed reward). All bool[N].
+    state: what the kind wants back as its option `state` at the next step, JSON-like; empty for most.
     """
 
     values: NDArray[np.float64]
     uniform: NDArray[np.bool_]
     tied: NDArray[np.bool_]
     dropped: NDArray[np.bool_]
+    state: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

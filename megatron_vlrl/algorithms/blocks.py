@@ -1,77 +1,170 @@
 """Sums, ties and ranks within blocks of sorted rows, without a Python loop over the blocks.
 
-Rows are sorted by their ids and then by value, so that a block (the rows with the same ids) lies together and in
-ascending order: whatever order the rows arrived in, the same numbers are added in the same order. `starts` is the
-place of each block's first row, int64[B], the first of them 0.
+A block is the rows with one id: a group, or a task. Rows are sorted by id and then by value: whatever order they
+arrived in, the same numbers are added in the same order.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import ndtri
 
 from megatron_vlrl.algorithms.columns import Bools, Floats, Ints
 
 
-def block_starts(*ids: Ints) -> Ints:
-    """Where a row's ids differ from those of the row before; empty for no rows."""
-    fresh = np.ones(len(ids[0]), dtype=np.bool_)
-    fresh[1:] = False
-    for column in ids:
-        fresh[1:] |= column[1:] != column[:-1]
-    return np.flatnonzero(fresh)
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """n rows in B blocks. order: int64[n], their places in the table. values: float64[n], ascending within a block.
 
-
-def block_sizes(starts: Ints, rows: int) -> Ints:
-    """Rows of each block, int64[B]."""
-    return np.diff(starts, append=rows)
-
-
-def block_sums(values: Floats, starts: Ints) -> Floats:
-    """Sum of each block, float64[B]."""
-    return np.add.reduceat(values, starts) if len(starts) else np.zeros(0)
-
-
-def tie_starts(values: Floats, starts: Ints, tolerance: float) -> Ints:
-    """Where each set of equal values of a block begins.
-
-    Values are rounded to multiples of the tolerance, and neighbours at most one multiple apart are equal: so the
-    noise of a float sum cannot split a tie, on whichever side of a rounding boundary it falls.
+    starts, sizes: int64[B], where a block begins and how many rows it has.
     """
-    fresh = np.empty(len(values), dtype=np.bool_)
-    if tolerance > 0:
-        fresh[1:] = np.diff(np.rint(values / tolerance)) > 1
-    else:
-        fresh[1:] = values[1:] > values[:-1]
-    fresh[starts] = True
-    return np.flatnonzero(fresh)
+
+    order: Ints
+    values: Floats
+    starts: Ints
+    sizes: Ints
+
+    def rows(self, each: NDArray[Any]) -> NDArray[Any]:
+        """What each block has, for each of its rows: [B] -> [n]."""
+        return np.repeat(each, self.sizes)
+
+    def sums(self, values: Floats) -> Floats:
+        """Sum over each block: [n] -> float64[B]."""
+        return _sums(values, self.starts)
+
+    def centered(self) -> Floats:
+        """The values less their block's mean, float64[n]."""
+        centered: Floats = self.values - self.rows(self.sums(self.values) / self.sizes)
+        return centered
+
+    def deviations(self, *, unbiased: bool) -> Floats:
+        """Standard deviation of each block, float64[B]; unbiased: squares are divided by n - 1 (at least 1), not n."""
+        freedom = np.maximum(self.sizes - 1, 1) if unbiased else self.sizes
+        spread: Floats = np.sqrt(self.sums(self.centered() ** 2) / freedom)
+        return spread
+
+    def uniform(self, tolerance: float) -> Bools:
+        """Whether all values of a block are equal, bool[B]; so they are in a block of one."""
+        least, most = self.values[self.starts], self.values[self.starts + self.sizes - 1]
+        return ~_apart(_steps(least, tolerance), _steps(most, tolerance), tolerance)
+
+    def fresh(self, tolerance: float) -> Bools:
+        """Whether a row begins a tie, bool[n]: it is the first of its block, or not equal to the row before.
+
+        Values are rounded to multiples of the tolerance, and neighbours at most one multiple apart are equal: so the
+        noise of a float sum cannot split a tie, on whichever side of a rounding boundary it falls.
+        """
+        steps = _steps(self.values, tolerance)
+        begins = np.ones(len(steps), dtype=np.bool_)
+        begins[1:] = _apart(steps[:-1], steps[1:], tolerance)
+        begins[self.starts] = True
+        return begins
 
 
-def tied_rows(ties: Ints, rows: int) -> Bools:
-    """Whether a row shares its value with another of its block, bool[rows]."""
-    counts = block_sizes(ties, rows)
-    return np.repeat(counts > 1, counts)
+def from_zero(ids: Ints) -> Ints:
+    """Ids in the same order from 0 on, none as large as 2**31."""
+    if not len(ids):
+        return ids
+    least, most = int(ids.min()), int(ids.max())
+    return ids - least if most - least < 2**31 else np.unique(ids, return_inverse=True)[1]
 
 
-def single_tie(ties: Ints, starts: Ints) -> Bools:
-    """Whether all values of a block are equal, bool[B]."""
-    first = np.searchsorted(ties, starts)
-    return np.asarray(np.diff(first, append=len(ties)) == 1)
+def pair_ids(outer: Ints, inner: Ints) -> Ints:
+    """One id for each pair of ids, in the order of the pairs, int64[N]; both as `from_zero` gives them."""
+    return outer * (int(inner.max(initial=0)) + 1) + inner
 
 
-def gaussian_ranks(starts: Ints, ties: Ints, rows: int) -> Floats:
+def ascending(values: Floats, kept: Bools) -> Ints:
+    """Places of the kept values, the least first."""
+    order = np.argsort(values)
+    return order if kept.all() else order[kept[order]]
+
+
+def sort_blocks(values: Floats, ids: Ints, order: Ints) -> Blocks:
+    """Blocks, by ascending id, of the rows at the places `order`, in which the values ascend; ids of 0 or more."""
+    top, shift = int(ids.max(initial=0)), 0
+    while top >> shift:  # a radix sort: numpy sorts 16 bits in linear time, and keeps the order of equal ones
+        order = order[np.argsort((ids >> shift).astype(np.uint16)[order], kind="stable")]
+        shift += 16
+    sorted_ids = ids[order]
+    first = np.ones(len(order), dtype=np.bool_)
+    first[1:] = sorted_ids[1:] != sorted_ids[:-1]
+    starts = np.flatnonzero(first)
+    return Blocks(order, values[order], starts, _lengths(starts, len(order)))
+
+
+def shared(fresh: Bools) -> Bools:
+    """Whether a row shares its value with another of its block, bool[n], from where ties begin."""
+    alone = fresh.copy()
+    alone[:-1] &= fresh[1:]
+    return ~alone
+
+
+def gaussian_ranks(blocks: Blocks, fresh: Bools) -> Floats:
     """Each row's normal score within its block: the inverse normal CDF of (rank - 1/2) / n, averaged over its tie.
 
-    float64[rows]; exactly 0 where a whole block is one tie (OpenVLThinkerV2, eqs. 6 to 8).
+    float64[n]; exactly 0 where a whole block is one tie (OpenVLThinkerV2, eqs. 6 to 8).
     """
-    if not rows:
-        return np.zeros(0)
-    sizes = block_sizes(starts, rows)
+    score = _untied_scores(blocks)
+    if fresh.all():
+        return score
+    ties = np.flatnonzero(fresh)
+    counts = _lengths(ties, len(fresh))
+    mean = _sums(score, ties) / counts
+    bounds = np.zeros(len(fresh) + 1, dtype=np.bool_)
+    bounds[blocks.starts] = bounds[-1] = True
+    mean[bounds[ties] & bounds[ties + counts]] = 0.0
+    return np.repeat(mean, counts)
+
+
+def _untied_scores(blocks: Blocks) -> Floats:
+    """As if no two values were equal. Blocks of one size have the same scores, computed once."""
+    known = np.bincount(blocks.sizes)
+    sizes = np.flatnonzero(known)
+    begins = np.zeros(len(known), dtype=np.int64)  # of a size in the table
+    begins[sizes] = np.cumsum(sizes) - sizes
     size = np.repeat(sizes, sizes)
     # Twice the distance from the block's middle. Scores of the lower half, mirrored: exactly antisymmetric.
-    offset = 2 * (np.arange(rows) - np.repeat(starts, sizes)) + 1 - size
-    score = np.copysign(ndtri((size - np.abs(offset)) / (2.0 * size)), offset)
-    counts = block_sizes(ties, rows)
-    mean = block_sums(score, ties) / counts
-    mean[counts == size[ties]] = 0.0
-    return np.repeat(mean, counts)
+    offset = 2 * (np.arange(len(size)) - np.repeat(begins[sizes], sizes)) + 1 - size
+    table: Floats = np.copysign(ndtri((size - np.abs(offset)) / (2.0 * size)), offset)
+    places: Ints = np.arange(len(blocks.order)) - blocks.rows(blocks.starts - begins[blocks.sizes])
+    return table[places]
+
+
+def whiten(values: Floats, weights: Floats, eps: float) -> Floats:
+    """(x - mean) / (std + eps) over all n values, each counting as its weight over 0; the same bits in any order."""
+    if not len(values):
+        return values
+    total = _any_order_sum(weights)
+    centered = values - _any_order_sum(weights * values) / total
+    spread = math.sqrt(_any_order_sum(weights * centered**2) / total)
+    return centered / (spread + eps)
+
+
+def _any_order_sum(values: Floats) -> float:
+    return float(np.sort(values).sum())
+
+
+def _sums(values: Floats, starts: Ints) -> Floats:
+    sums: Floats = np.add.reduceat(values, starts) if len(starts) else np.zeros(0)
+    return sums
+
+
+def _lengths(starts: Ints, rows: int) -> Ints:
+    lengths = np.empty_like(starts)
+    lengths[:-1] = starts[1:] - starts[:-1]
+    lengths[-1:] = rows - starts[-1:]
+    return lengths
+
+
+def _steps(values: Floats, tolerance: float) -> Floats:
+    return np.rint(values / tolerance) if tolerance > 0 else values
+
+
+def _apart(low: Floats, high: Floats, tolerance: float) -> Bools:
+    return np.asarray(high - low > (1 if tolerance > 0 else 0))

@@ -9,30 +9,21 @@ Ranks make tasks with rewards of any shape and scale alike. Which rewards are ra
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
-
 import numpy as np
 
-from megatron_vlrl.algorithms.blocks import (
-    block_sizes,
-    block_starts,
-    block_sums,
-    gaussian_ranks,
-    single_tie,
-    tie_starts,
-    tied_rows,
-)
+from megatron_vlrl.algorithms.blocks import ascending, gaussian_ranks, shared, sort_blocks
 from megatron_vlrl.algorithms.columns import (
     Bools,
     Floats,
     Ints,
     RewardColumns,
-    blank_result,
+    by_component,
     require,
     require_number,
+    require_tolerance,
     settle_invalid,
 )
+from megatron_vlrl.algorithms.groups import blank_result, block_ids, joined
 from megatron_vlrl.errors import ConfigError
 from megatron_vlrl.types import AdvantageResult
 
@@ -43,6 +34,7 @@ def g2rpo(
     columns: RewardColumns,
     *,
     scope: str = "two_stage",
+    components: str = "total",
     tie_tol: float = 1e-9,
     uniform_group: str = "exclude",
     invalid_reward: str = "drop",
@@ -51,85 +43,79 @@ def g2rpo(
 ) -> AdvantageResult:
     """One normal score for each rollout; bit-equal for every order of the rows.
 
+    components: `total` ranks the reward; `each` ranks every reward component by itself and adds the scores up, each
+    with the sign of its weight (0: left out); with scope two_stage the sum of the scores within the group is what is
+    ranked over the task. A rollout without a component (NaN) is not ranked in it and gets 0 for it.
     tie_tol: rewards this close share a rank. uniform_group: groups whose rewards are all equal get 0 and are left
-    out of the task's ranking (`exclude`), or are ranked in it (`keep`). invalid_reward: `drop`, `zero` or `error`
-    for NaN and infinity. renorm: `unit_std` divides by the standard deviation of each task's ranked rows.
-    min_task_n: with scope two_stage, a task with fewer ranked rows keeps its scores within the groups.
-    In the result, `tied` means an equal among the rewards ranked together first (in the group for two_stage).
+    out of the task's ranking (`exclude`), or are ranked in it (`keep`); with `each`, for each component by itself, and
+    out of the ranking of sums if nothing differs. invalid_reward: `drop`, `zero` or `error` for NaN and infinity.
+    renorm: `unit_std` divides by the standard deviation of each task's ranked rows. min_task_n: with scope two_stage,
+    a task with fewer ranked rows keeps its scores within the groups.
+    In the result, `tied` means an equal among the rewards ranked together first (in the group for two_stage). With
+    `each`, `uniform` means that no component the rollout has differs in its group, and `tied` that it has an equal in
+    every component that does.
     """
-    _check_options(scope, tie_tol, uniform_group, renorm, min_task_n)
+    _check_options(scope, components, uniform_group, renorm, min_task_n)
+    require_tolerance(tie_tol)
     columns, dropped = settle_invalid(columns, invalid_reward)
-    order = np.lexsort((columns.rewards, columns.groups, columns.tasks))
-    order = order[~dropped[order]] if dropped.any() else order
-    rows, uniform = _score_in_groups(columns, order, scope, tie_tol)
-
-    result = blank_result(dropped)
-    result.uniform[order] = uniform
-    if uniform_group == "exclude" and uniform.any():
-        rows = rows.take(~uniform)
-    if scope != "group":
-        rows = _score_in_tasks(rows, scope, tie_tol, min_task_n)
-    result.values[rows.order] = _unit_std(rows) if renorm == "unit_std" else rows.score
-    result.tied[rows.order] = rows.tied
+    ids, exclude = block_ids(columns), uniform_group == "exclude"
+    if components == "total":
+        result = _first_ranks(columns.rewards, dropped, ids, scope, tie_tol, exclude)
+    else:
+        parts = []
+        for part, weight in by_component(columns, dropped):
+            signed = np.sign(weight) * part.rewards
+            parts.append(_first_ranks(signed, np.isnan(signed), ids, scope, tie_tol, exclude))
+        result = joined(parts, sum((part.values for part in parts), np.zeros(len(dropped))), dropped)
+    ranked = ~(dropped | result.uniform) if exclude else ~dropped
+    if scope == "two_stage":
+        _rank_over_tasks(result.values, ids[1], ranked, tie_tol, min_task_n)
+    if renorm == "unit_std":
+        _divide_by_std(result.values, ids[1], ranked)
     return result
 
 
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """The ranked rows, sorted by task first. order: their places in the table; score: what they are worth so far."""
-
-    order: Ints
-    task: Ints
-    score: Floats
-    tied: Bools
-
-    def take(self, index: Ints | Bools) -> _Rows:
-        return _Rows(self.order[index], self.task[index], self.score[index], self.tied[index])
-
-
-def _score_in_groups(columns: RewardColumns, order: Ints, scope: str, tie_tol: float) -> tuple[_Rows, Bools]:
-    """What the scope takes from each group, and which of the rows stand in a uniform one."""
-    value, task = columns.rewards[order], columns.tasks[order]
-    starts = block_starts(task, columns.groups[order])
-    sizes = block_sizes(starts, len(order))
-    ties = tie_starts(value, starts, tie_tol)
-    if scope == "task":
-        score = value
-    elif scope == "centered_task":
-        score = value - np.repeat(block_sums(value, starts) / sizes, sizes)
+def _first_ranks(
+    values: Floats, dropped: Bools, ids: tuple[Ints, Ints], scope: str, tie_tol: float, exclude: bool
+) -> AdvantageResult:
+    """Normal scores of what the scope ranks first, with the flags. ids: of groups and of tasks, int64[N]."""
+    order = ascending(values, ~dropped)
+    groups = sort_blocks(values, ids[0], order)
+    result = blank_result(dropped)
+    result.uniform[groups.order] = groups.rows(groups.uniform(tie_tol))
+    ranked = ~(dropped | result.uniform) if exclude else ~dropped
+    if scope == "centered_task":
+        centered = np.zeros(len(values))
+        centered[groups.order] = groups.centered()
+        blocks = sort_blocks(centered, ids[1], ascending(centered, ranked))
     else:
-        score = gaussian_ranks(starts, ties, len(order))
-    uniform = np.repeat(single_tie(ties, starts), sizes)
-    return _Rows(order, task, score, tied_rows(ties, len(order))), uniform
+        blocks = sort_blocks(values, ids[1], order[ranked[order]]) if scope == "task" else groups
+    fresh = blocks.fresh(tie_tol)
+    result.values[blocks.order] = gaussian_ranks(blocks, fresh)  # 0 where a group is uniform
+    result.tied[blocks.order] = shared(fresh)
+    result.tied[~ranked] = False
+    return result
 
 
-def _score_in_tasks(rows: _Rows, scope: str, tie_tol: float, min_task_n: int) -> _Rows:
-    """Normal scores of each task's scores, rows sorted anew."""
-    rows = rows.take(np.lexsort((rows.score, rows.task)))
-    count = len(rows.order)
-    starts = block_starts(rows.task)
-    ties = tie_starts(rows.score, starts, tie_tol)
-    score = gaussian_ranks(starts, ties, count)
-    if scope != "two_stage":
-        return replace(rows, score=score, tied=tied_rows(ties, count))
-    sizes = block_sizes(starts, count)
-    return replace(rows, score=np.where(np.repeat(sizes, sizes) < min_task_n, rows.score, score))
+def _rank_over_tasks(scores: Floats, task_ids: Ints, ranked: Bools, tie_tol: float, min_task_n: int) -> None:
+    """The second stage, in place: normal scores of each task's ranked scores, if it has `min_task_n` or more."""
+    tasks = sort_blocks(scores, task_ids, ascending(scores, ranked))
+    again = gaussian_ranks(tasks, tasks.fresh(tie_tol))
+    scores[tasks.order] = np.where(tasks.rows(tasks.sizes < min_task_n), tasks.values, again)
 
 
-def _unit_std(rows: _Rows) -> Floats:
-    """Scores divided by each task's standard deviation, about their mean of 0; tasks without spread stay 0."""
-    starts = block_starts(rows.task)
-    sizes = block_sizes(starts, len(rows.order))
-    spread = np.sqrt(block_sums(rows.score**2, starts) / sizes)
-    divisor: Floats = np.repeat(np.where(spread > 0, spread, 1.0), sizes)
-    return rows.score / divisor
+def _divide_by_std(scores: Floats, task_ids: Ints, ranked: Bools) -> None:
+    """Each task's ranked scores by their standard deviation about 0, in place; a task without spread stays 0."""
+    tasks = sort_blocks(scores, task_ids, ascending(scores, ranked))
+    spread = np.sqrt(tasks.sums(tasks.values**2) / tasks.sizes)
+    scores[tasks.order] = tasks.values / tasks.rows(np.where(spread > 0, spread, 1.0))
 
 
-def _check_options(scope: str, tie_tol: float, uniform_group: str, renorm: str, min_task_n: int) -> None:
+def _check_options(scope: str, components: str, uniform_group: str, renorm: str, min_task_n: int) -> None:
     require("scope", scope, SCOPES)
+    require("components", components, ("total", "each"))
     require("uniform_group", uniform_group, ("exclude", "keep"))
     require("renorm", renorm, ("none", "unit_std"))
-    require_number("tie_tol", tie_tol, lambda x: 0 <= x < math.inf, "a finite number, 0 or more")
     require_number("min_task_n", min_task_n, lambda x: isinstance(x, int) and x >= 0, "a whole number, 0 or more")
     if min_task_n and scope != "two_stage":
         raise ConfigError(f"min_task_n={min_task_n} skips the second stage, which scope {scope!r} has not; set it to 0")

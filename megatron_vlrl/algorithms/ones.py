@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_vlrl.algorithms.columns import RewardColumns, blank_result
+from megatron_vlrl.algorithms.columns import RewardColumns
+from megatron_vlrl.algorithms.groups import blank_result
 from megatron_vlrl.types import AdvantageResult
 
 
