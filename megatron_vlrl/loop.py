@@ -31,7 +31,7 @@ from megatron_vlrl.observe.recorder import Recorder
 from megatron_vlrl.observe.report import write_report
 from megatron_vlrl.observe.summary import summary_table
 from megatron_vlrl.packing import group_cost
-from megatron_vlrl.parallel.collectives import barrier, gather_objects
+from megatron_vlrl.parallel.collectives import barrier, union_over
 from megatron_vlrl.rollout.buffer import GroupBuffer, Intake
 from megatron_vlrl.rollout.distribute import generate_groups
 from megatron_vlrl.rollout.engines import make_engine
@@ -76,26 +76,19 @@ class Run:
         if (reference := config.algorithm.kl.reference) != "none":
             self.backend.keep_reference(moving=reference == "ema")
         self.engine = make_engine(config, self.renderer)
+        data = self.groups.data
         stream = SampleStream(
-            Path(config.data.train),
-            seed=config.run.seed,
-            weights=config.data.weights,
-            rank=self.groups.data.rank,
-            world=self.groups.data.size,
+            Path(config.data.train), seed=config.run.seed, weights=config.data.weights, rank=data.rank, world=data.size
         )
         self.tasks = stream.tasks
         self.loader = PromptLoader(stream, self.renderer.render)
         self.cost = partial(group_cost, unit=unit_costs(self.renderer.spec))
-        self.updater = Updater(
-            backend=self.backend,
-            task_names=self.tasks,
-            microbatch_tokens=config.train.microbatch_tokens,
-            cost=self.cost,
-        )
+        tokens = config.train.microbatch_tokens
+        self.updater = Updater(backend=self.backend, task_names=self.tasks, microbatch_tokens=tokens, cost=self.cost)
         self.store = CheckpointStore(self.folder / "checkpoints", keep=config.checkpoint.keep, world=self.groups.world)
         self.buffer = GroupBuffer()
         self.updates, self.finished = 0, False
-        self.bad: dict[str, str] = {}
+        self.bad: dict[str, str] = {}  # samples skipped so far, over all data ranks: key -> why
         self.advantage_state: Mapping[str, Any] = {}
         self.done = self._resume()
         self.recorder = self._open_recorder() if self.groups.is_main else None
@@ -149,12 +142,12 @@ class Run:
         self.store.poll()
         if self.recorder:
             self.recorder.rollouts(self.done, batch, [result.values[rows_of(table, one.group)] for one in batch])
-        stages = {**intake.scalars(), **division.shares.scalars()}
+        scalars = intake.scalars() | division.shares.scalars() | step_scalars(table, result, updates)
         counts = {"lr": step.lr, "updates": float(self.updates), "bad_samples": float(len(self.bad))}
         return StepStats(
             step=self.done,
             means=step_means(intake.tables, table, result, updates, settings.reward),
-            scalars=counts | stages | step_scalars(table, result, updates),
+            scalars=counts | scalars,
             seconds=clock.seconds | {"save": self.store.take_blocked_seconds()},
             skipped=why_skipped(updates),
         )
@@ -167,7 +160,7 @@ class Run:
         while count := intake.missing():
             with clock("load"):
                 prompts = self.loader.next(count)
-                self.bad = self._bad_samples()
+                self.bad = union_over(self.loader.bad, self.groups.data)
                 check_bad_samples(self.bad, settings.data.max_bad_samples)
             with clock("rollout"):
                 groups = generate_groups(self.engine, prompts, sampling, self.groups.model)
@@ -175,10 +168,6 @@ class Run:
                 scored = score_groups(groups, reward, self.groups.model)
                 intake.add(scored, gather_table(scored, self.groups.data, self.tasks))
         return intake
-
-    def _bad_samples(self) -> dict[str, str]:
-        """Key -> why it was skipped, over all data ranks."""
-        return {key: why for part in gather_objects(self.loader.bad, self.groups.data) for key, why in part.items()}
 
     def _learning_rate(self, settings: Config) -> float:
         o, steps = settings.optimizer, settings.train.steps

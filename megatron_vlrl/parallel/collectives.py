@@ -98,6 +98,11 @@ def sum_over(values: NDArray[np.float64], group: Group) -> NDArray[np.float64]:
     return gather_rows(values[None], group).sum(axis=0)
 
 
+def union_over(values: Mapping[str, str], group: Group) -> dict[str, str]:
+    """The entries of every process in one dict, the last rank's where a key is on several."""
+    return {key: value for part in gather_objects(dict(values), group) for key, value in part.items()}
+
+
 def agree(ok: bool, group: Group) -> bool:
     """Whether every process of the group says True."""
     return bool(sum_over(np.array([0.0 if ok else 1.0]), group)[0] == 0)
