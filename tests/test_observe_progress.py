@@ -63,7 +63,7 @@ def test_line_shows_the_values_and_the_reason_of_a_skip() -> None:
     means = {
         "reward/count": Mean(total=3, count=4),
         "accuracy/count": Mean(total=1, count=2),
-        "length": Mean(total=25, count=2),
+        "response_length": Mean(total=25, count=2),
     }
     step = StepStats(
         step=7,
