@@ -75,11 +75,13 @@ def keys_part() -> str:
 
 
 def options_part() -> str:
-    """The options of every kind of advantage, with their defaults."""
+    """The options of every kind of advantage, with their defaults; `state` is the run's."""
     rows = []
     for kind, method in ADVANTAGES.items():
         known = inspect.signature(method).parameters.values()
-        options = [f"`{p.name}: {json.dumps(p.default)}`" for p in known if p.kind is p.KEYWORD_ONLY]
+        options = [
+            f"`{p.name}: {json.dumps(p.default)}`" for p in known if p.kind is p.KEYWORD_ONLY and p.name != "state"
+        ]
         rows.append(f"| `{kind}` | {', '.join(options) or 'none'} |")
     return "\n".join(["| kind | options and their defaults |", "|---|---|", *rows])
 
