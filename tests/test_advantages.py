@@ -95,10 +95,10 @@ def test_tolerance_is_an_option() -> None:
     assert len(set(_one_group([0.0, 1e-12, 1.0], tie_tol=0))) == 3
 
 
-@pytest.mark.parametrize("kind", ["g2rpo", "grpo"])
+@pytest.mark.parametrize("kind", sorted(ADVANTAGES.keys() - {"ones", "reinforce_plus_plus"}))
 def test_uniform_groups_and_groups_of_one_get_exactly_nothing(kind: str) -> None:
     rewards = [0.7, 0.7 + 1e-17, 0.7, 0.2, 0.0, 1.0]
-    result = advantages(rewards, [0] * 6, [0, 0, 0, 1, 2, 2], kind=kind)
+    result = advantages(rewards, [0] * 6, [0, 0, 0, 1, 2, 2], kind, np.array([rewards]).T)
     assert result.values[:4].tolist() == [0.0] * 4
     assert result.uniform.tolist() == [True] * 4 + [False] * 2
     assert result.values[4] == -result.values[5] < 0
@@ -147,12 +147,30 @@ def test_failed_rewards(kind: str, bad: float) -> None:
 
 @pytest.mark.parametrize("kind", sorted(ADVANTAGES))
 def test_nothing_in_nothing_out_and_nothing_but_failures(kind: str) -> None:
-    assert advantages([], [], [], kind=kind).values.shape == (0,)
+    nothing = advantages([], [], [], kind, np.zeros((0, 2)))
+    assert nothing.values.shape == (0,)
+    assert nothing.state == {}
     if kind != "ones":
-        failed = advantages([math.nan] * 3, [0, 0, 1], [0, 0, 0], kind=kind)
+        failed = advantages([math.nan] * 3, [0, 0, 1], [0, 0, 0], kind, [[1.0], [0.0], [0.0]])
         assert failed.values.tolist() == [0.0] * 3
         assert failed.dropped.all()
         assert not failed.uniform.any()
+        assert failed.state == {}
+
+
+@pytest.mark.parametrize("far", [2**20, 2**40, 2**62])
+def test_ids_may_be_any_integers(far: int) -> None:
+    rewards = np.random.default_rng(1).random(16)
+    tasks, groups = np.repeat([0, 1], 8), np.tile(np.repeat([0, 1], 4), 2)
+    near = advantages(rewards, tasks, groups)
+    away = advantages(rewards, np.where(tasks, far, -far), np.where(groups, -far, far))
+    np.testing.assert_array_equal(near.values, away.values)
+
+
+def test_more_groups_than_16_bits_hold() -> None:
+    groups = np.arange(70_000).repeat(2)
+    values = advantages(np.tile([0.0, 1.0], 70_000), np.zeros(140_000, int), groups, kind="dr_grpo").values
+    assert values.tolist() == [-0.5, 0.5] * 70_000
 
 
 def test_groups_are_told_apart_within_tasks() -> None:
@@ -193,7 +211,9 @@ def test_reversed_rewards_reverse_the_advantages_exactly() -> None:
     ("kind", "options", "parts"),
     [
         ("g2rpo", {"tie_tolerance": 1}, ["options of g2rpo", "'tie_tolerance'", "did you mean 'tie_tol'", "scope"]),
-        ("g2rpo", {"components": "each"}, ["unknown 'components'", "min_task_n, renorm, scope, tie_tol"]),
+        ("g2rpo", {"components": "each"}, ["option `components`", "options={'components': 'each'}"]),
+        ("g2rpo", {"options": {"components": "all"}}, ["option components", "known: each, total"]),
+        ("g2rpo", {"options": {"eps": 1}}, ["unknown 'eps'", "components, invalid_reward, min_task_n, renorm, scope"]),
         ("g2rpo", {"scope": "two-stage"}, ["option scope", "did you mean 'two_stage'"]),
         ("g2rpo", {"uniform_group": "drop"}, ["option uniform_group", "exclude, keep"]),
         ("g2rpo", {"invalid_reward": "nan"}, ["option invalid_reward", "drop, error, zero"]),
@@ -205,6 +225,12 @@ def test_reversed_rewards_reverse_the_advantages_exactly() -> None:
         ("grpo", {"scope": "task"}, ["options of grpo", "eps, invalid_reward, tie_tol, unbiased"]),
         ("grpo", {"eps": 0}, ["option eps", "above 0"]),
         ("grpo", {"unbiased": 1}, ["option unbiased"]),
+        ("dr_grpo", {"eps": 1}, ["options of dr_grpo", "invalid_reward, tie_tol"]),
+        ("rloo", {"tie_tol": "no"}, ["option tie_tol", "'no'"]),
+        ("ema_grpo", {"variant": "one_thinker"}, ["option variant", "did you mean 'onethinker'"]),
+        ("ema_grpo", {"decay": 1.0}, ["option decay", "1.0", "below 1"]),
+        ("gdpo", {"token_weighted": 1}, ["option token_weighted", "true or false"]),
+        ("reinforce_plus_plus", {"baseline": "groups"}, ["option baseline", "did you mean 'group'"]),
         ("ones", {"eps": 1}, ["options of ones", "known: none"]),
         ("gprо", {}, ["algorithm.advantage.kind", "did you mean 'grpo'"]),  # noqa: RUF001 - a look-alike letter
         ("math:pi", {}, ["'math:pi' is a float, not a function"]),
@@ -222,8 +248,14 @@ def test_options_can_be_checked_before_the_first_step() -> None:
     check_options("tests.test_advantages:first_component", {"scale": 2.0})
     with pytest.raises(ConfigError, match="did you mean 'group'"):
         check_options("g2rpo", {"scope": "groups"})
-    with pytest.raises(ConfigError, match="unknown 'components'"):
-        check_options("g2rpo", {"components": "each"})
+    check_options("g2rpo", {"components": "each"})
+    check_options("gdpo", {"token_weighted": True})
+    with pytest.raises(ConfigError, match="option components: unknown 'every'"):
+        check_options("g2rpo", {"components": "every"})
+    with pytest.raises(ConfigError, match="`state` is kept by the run"):
+        check_options("ema_grpo", {"state": {}})
+    with pytest.raises(ConfigError, match="unknown 'state'"):
+        check_options("grpo", {"state": {}})
 
 
 @pytest.mark.parametrize(
@@ -235,11 +267,23 @@ def test_options_can_be_checked_before_the_first_step() -> None:
         (([0.0, 1.0], [0.5, 0.5], [0, 0]), "tasks are of type float64"),
         (([0.0, 1.0], [0, 0], [None, None]), "groups are of type object"),
         (([0.0, 1.0], [0, 0], [0, 0], "g2rpo", [[1.0]]), "components have shape"),
+        (([0.0], [0], [0], "gdpo", [[1.0, 2.0]], [1.0]), r"component_weights have shape \(1,\), components \(1, 2\)"),
+        (([0.0], [0], [0], "gdpo", [[1.0, 2.0]], [1.0, math.nan]), "component_weights are not all finite"),
+        (([0.0], [0], [0], "gdpo", None, [1.0]), "component_weights are given without components"),
+        (([0.0], [0], [0], "gdpo"), "there are no components"),
     ],
 )
 def test_columns_of_another_form_are_refused(columns: tuple[object, ...], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         advantages(*columns)
+
+
+@pytest.mark.parametrize("lengths", [[1], [0, 3], [1.5, 2.0]])
+def test_lengths_are_tokens_of_each_response(lengths: list[float]) -> None:
+    with pytest.raises(ValueError, match="lengths are not 2 whole numbers of 1 or more"):
+        advantages([0.0, 1.0], [0, 0], [0, 0], lengths=lengths)
+    with pytest.raises(ValueError, match="token_weighted needs the tokens"):
+        advantages([0.0, 1.0], [0, 0], [0, 0], "reinforce_plus_plus", token_weighted=True)
 
 
 def first_component(columns: RewardColumns, *, scale: float = 1.0) -> AdvantageResult:
@@ -258,7 +302,7 @@ def test_a_users_function_stands_where_a_name_does() -> None:
         advantages([0, 1], [0, 0], [0, 0], kind, table, scale=math.inf)
 
 
-@pytest.mark.parametrize("kind", ["g2rpo", "grpo"])
+@pytest.mark.parametrize("kind", sorted(ADVANTAGES.keys() - {"ema_grpo"}))  # its state is by task
 def test_no_python_loop_over_groups_or_tasks(kind: str) -> None:
     def calls(prompts: int) -> int:
         count = 0
@@ -272,13 +316,13 @@ def test_no_python_loop_over_groups_or_tasks(kind: str) -> None:
         tasks = groups // 2
         sys.setprofile(profile)
         try:
-            advantages(rewards, tasks, groups, kind=kind)
+            advantages(rewards, tasks, groups, kind, rewards[:, None])
         finally:
             sys.setprofile(None)
         return count
 
     calls(2)  # caches of the first call
-    assert calls(4) == calls(400)
+    assert calls(4) == calls(300)
 
 
 def test_import_is_torch_free() -> None:

@@ -2,140 +2,164 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
-from collections import defaultdict
-from statistics import NormalDist, fmean, stdev
+from collections.abc import Mapping
+from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vlrl.algorithms import advantages
+from megatron_vlrl.algorithms import ADVANTAGES, advantages
+from tests.advantage_oracle import Table, component_columns, informed, oracle, run
 
-TOLERANCE = 1e-9
 SCOPES = ["two_stage", "task", "group", "centered_task"]
+BOTH = [False, True]
+Case = tuple[str, Mapping[str, Any]]
 
 
-def _psi(values: list[float]) -> list[float]:
-    """Normal scores of `values`; ties share the mean of theirs."""
-    order = sorted(range(len(values)), key=values.__getitem__)
-    scores = [NormalDist().inv_cdf((place + 0.5) / len(values)) for place in range(len(values))]
-    out = [0.0] * len(values)
-    begin = 0
-    for end in range(1, len(order) + 1):
-        if end == len(order) or values[order[end]] - values[order[end - 1]] > TOLERANCE:
-            for row in order[begin:end]:
-                out[row] = fmean(scores[begin:end])
-            begin = end
-    return out
+def product(kind: str, **choices: list[Any]) -> list[Case]:
+    """The kind with every combination of the options' choices."""
+    return [(kind, dict(zip(choices, values, strict=True))) for values in itertools.product(*choices.values())]
 
 
-def _rows_by(keys: list[object], rows: list[int]) -> list[list[int]]:
-    found = defaultdict(list)
-    for row in rows:
-        found[keys[row]].append(row)
-    return list(found.values())
-
-
-def _is_uniform(rewards: list[float], rows: list[int]) -> bool:
-    values = [rewards[row] for row in rows]
-    return max(values) - min(values) <= TOLERANCE
-
-
-def g2rpo_oracle(
-    rewards: list[float], tasks: list[int], groups: list[int], scope: str, uniform_group: str, min_task_n: int
-) -> list[float]:
-    """G2RPO as it is written down, one group and one task at a time."""
-    out = [0.0] * len(rewards)
-    score = list(rewards)
-    ranked = []
-    valid = [row for row, reward in enumerate(rewards) if math.isfinite(reward)]
-    for rows in _rows_by(list(zip(tasks, groups, strict=True)), valid):
-        if uniform_group == "keep" or not _is_uniform(rewards, rows):
-            ranked += rows
-        values = [rewards[row] for row in rows]
-        if scope in ("two_stage", "group"):
-            values = _psi(values)
-        elif scope == "centered_task":
-            values = [value - fmean(values) for value in values]
-        for row, value in zip(rows, values, strict=True):
-            score[row] = value
-    for rows in _rows_by(tasks, ranked):
-        values = [score[row] for row in rows]
-        if scope != "group" and len(rows) >= min_task_n:
-            values = _psi(values)
-        for row, value in zip(rows, values, strict=True):
-            out[row] = value
-    return out
-
-
-def grpo_oracle(rewards: list[float], tasks: list[int], groups: list[int]) -> list[float]:
-    """GRPO as it is written down, one group at a time."""
-    out = [0.0] * len(rewards)
-    valid = [row for row, reward in enumerate(rewards) if math.isfinite(reward)]
-    for rows in _rows_by(list(zip(tasks, groups, strict=True)), valid):
-        if not _is_uniform(rewards, rows):
-            values = [rewards[row] for row in rows]
-            for row in rows:
-                out[row] = (rewards[row] - fmean(values)) / (stdev(values) + 1e-6)
-    return out
-
+# Every kind, scope, variant and flag; what only changes a number (eps, decay) is in test_advantages.
+CASES = [
+    *product("g2rpo", scope=SCOPES, components=["total", "each"], uniform_group=["exclude", "keep"]),
+    *product("g2rpo", scope=SCOPES, components=["total", "each"], renorm=["unit_std"]),
+    *product("g2rpo", components=["total", "each"], min_task_n=[6]),
+    *product("grpo", unbiased=BOTH),
+    *product("dr_grpo"),
+    *product("rloo"),
+    *product("reinforce_plus_plus", baseline=["none", "group"], token_weighted=BOTH),
+    *product("gdpo", unbiased=BOTH, token_weighted=BOTH),
+    *product("ema_grpo", variant=["onethinker", "paper"], decay=[0.5]),
+    *product("ones"),
+]
+WITH_ZERO = [(kind, {**options, "invalid_reward": "zero"}) for kind, options in CASES if kind != "ones"]
 
 # Rewards on a coarse grid, with noise far below the tolerance, so that ties are common and unmistakable.
 REWARD = st.one_of(
     st.builds(lambda step, noise: step * 0.05 + noise, st.integers(0, 20), st.sampled_from([0.0, 1e-10, -1e-10])),
     st.sampled_from([0.0, 1.0, math.nan, math.inf]),
 )
-TABLE = st.lists(st.tuples(REWARD, st.integers(-1, 2), st.integers(0, 4)), max_size=60)
+COMPONENT = st.one_of(st.integers(0, 3).map(lambda step: step * 0.25), st.sampled_from([0.1 + 0.2, 0.3, math.nan]))
 
 
-@settings(max_examples=150, deadline=None)
-@given(TABLE, st.sampled_from(SCOPES), st.sampled_from(["exclude", "keep"]), st.sampled_from([0, 6]))
-def test_g2rpo_equals_the_oracle(
-    table: list[tuple[float, int, int]], scope: str, uniform_group: str, min_task_n: int
-) -> None:
-    rewards, tasks, groups = ([row[i] for row in table] for i in range(3))
-    least = min_task_n if scope == "two_stage" else 0
-    result = advantages(rewards, tasks, groups, scope=scope, uniform_group=uniform_group, min_task_n=least)
-    expected = g2rpo_oracle(rewards, tasks, groups, scope, uniform_group, least)
-    np.testing.assert_allclose(result.values, expected, atol=1e-9)
-    assert result.dropped.tolist() == [not math.isfinite(reward) for reward in rewards]
+@st.composite
+def tables(draw: st.DrawFn) -> Table:
+    row = st.tuples(REWARD, st.integers(-1, 2), st.integers(0, 4), st.tuples(*[COMPONENT] * 3), st.integers(1, 9))
+    rows = draw(st.lists(row, max_size=60))
+    columns = [[row[place] for row in rows] for place in range(5)]
+    weights = draw(st.lists(st.sampled_from([1.0, 0.3, 0.0, -0.5]), min_size=3, max_size=3))
+    return Table(
+        rewards=columns[0],
+        tasks=columns[1],
+        groups=columns[2],
+        components=[list(row) for row in columns[3]],
+        weights=weights,
+        lengths=columns[4],
+    )
 
 
-@settings(max_examples=100, deadline=None)
-@given(TABLE)
-def test_grpo_equals_the_oracle(table: list[tuple[float, int, int]]) -> None:
-    rewards, tasks, groups = ([row[i] for row in table] for i in range(3))
-    result = advantages(rewards, tasks, groups, kind="grpo")
-    np.testing.assert_allclose(result.values, grpo_oracle(rewards, tasks, groups), atol=1e-9)
+def test_every_kind_is_compared() -> None:
+    assert {kind for kind, _ in CASES} == set(ADVANTAGES)
 
 
-@settings(max_examples=100, deadline=None)
-@given(TABLE, st.sampled_from([*SCOPES, "grpo"]), st.booleans(), st.randoms(use_true_random=False))
-def test_any_order_gives_the_same_bits(
-    table: list[tuple[float, int, int]], scope: str, unit: bool, random: object
-) -> None:
-    shuffled = list(range(len(table)))
+def check_against_the_oracle(table: Table) -> None:
+    for kind, options in [*CASES, *WITH_ZERO]:
+        result = run(table, kind, options)
+        expected, state = oracle(table, kind, options)
+        np.testing.assert_allclose(result.values, expected, rtol=1e-9, atol=1e-9, err_msg=f"{kind} {options}")
+        assert set(result.state) == set(state)
+        for name, averages in state.items():
+            assert result.state[name] == pytest.approx(averages, rel=1e-12, abs=1e-15)
+
+
+@settings(max_examples=10, deadline=None)
+@given(tables())
+def test_every_kind_equals_the_oracle(table: Table) -> None:
+    check_against_the_oracle(table)
+
+
+@pytest.mark.slow
+@settings(max_examples=80, deadline=None)
+@given(tables())
+def test_every_kind_equals_the_oracle_on_many_tables(table: Table) -> None:
+    check_against_the_oracle(table)
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None)
+@given(tables())
+def test_flags_say_what_the_rows_are(table: Table) -> None:
+    failed = [not math.isfinite(reward) for reward in table.rewards]
+    for kind, options in CASES:
+        if kind == "ones":
+            continue
+        result = run(table, kind, options)
+        each = kind == "gdpo" or options.get("components") == "each"
+        columns = [column for column, _ in component_columns(table)] if each else [table.rewards]
+        telling = informed(table, columns)
+        assert result.dropped.tolist() == failed
+        assert result.uniform.tolist() == [not bad and row not in telling for row, bad in enumerate(failed)]
+        assert not (result.values != 0.0)[result.dropped].any()
+        if options.get("uniform_group") != "keep" and options.get("baseline") != "none":
+            assert not (result.values != 0.0)[result.uniform].any()
+            assert not (result.tied & result.uniform).any()
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None)
+@given(tables(), st.randoms(use_true_random=False))
+def test_any_order_gives_the_same_bits(table: Table, random: Random) -> None:
+    shuffled = list(range(len(table.rewards)))
     random.shuffle(shuffled)
-    options = {"kind": "grpo"} if scope == "grpo" else {"scope": scope, "renorm": "unit_std" if unit else "none"}
-    rewards, tasks, groups = (np.array([row[i] for row in table]) for i in range(3))
-    if not table:
-        return
-    one = advantages(rewards, tasks, groups, **options)
-    other = advantages(rewards[shuffled], tasks[shuffled], groups[shuffled], **options)
-    assert one.values[shuffled].tobytes() == other.values.tobytes()
-    for flag in ("uniform", "tied", "dropped"):
-        assert getattr(one, flag)[shuffled].tolist() == getattr(other, flag).tolist()
+    for case in [*CASES, *WITH_ZERO]:
+        one, other = run(table, *case), run(table.shuffled(shuffled), *case)
+        assert one.values[shuffled].tobytes() == other.values.tobytes(), case
+        for flag in ("uniform", "tied", "dropped"):
+            assert getattr(one, flag)[shuffled].tolist() == getattr(other, flag).tolist()
+        assert json.dumps(one.state, sort_keys=True) == json.dumps(other.state, sort_keys=True)
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-def test_continuous_rewards_in_any_order_give_the_same_bits(scope: str) -> None:
+@pytest.mark.slow
+@settings(max_examples=50, deadline=None)
+@given(st.lists(tables(), min_size=2, max_size=4), st.sampled_from(["onethinker", "paper"]))
+def test_a_state_read_back_from_json_gives_the_next_advantages_to_the_bit(steps: list[Table], variant: str) -> None:
+    kept: Mapping[str, Any] = {}
+    read: Mapping[str, Any] = {}
+    expected: dict[str, dict[str, float]] = {}
+    for table in steps:
+        on = run(table, "ema_grpo", {"variant": variant, "state": kept})
+        resumed = run(table, "ema_grpo", {"variant": variant, "state": read})
+        values, expected = oracle(table, "ema_grpo", {"variant": variant, "state": expected})
+        assert on.values.tobytes() == resumed.values.tobytes()
+        np.testing.assert_allclose(on.values, values, rtol=1e-9, atol=1e-9)
+        kept, read = on.state, json.loads(json.dumps(on.state))
+        assert read == kept
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_continuous_rewards_in_any_order_give_the_same_bits(case: Case) -> None:
     random = np.random.default_rng(3)
-    rewards, groups = random.standard_cauchy(4000), np.arange(4000) // 8
+    count = 4000
+    groups = np.arange(count) // 8
     tasks = np.array(["count", "box", "read"])[groups % 3]
-    shuffled = random.permutation(4000)
-    one = advantages(rewards, tasks, groups, scope=scope, renorm="unit_std")
-    other = advantages(rewards[shuffled], tasks[shuffled], groups[shuffled], scope=scope, renorm="unit_std")
-    assert one.values[shuffled].tobytes() == other.values.tobytes()
-    assert abs(one.values.mean()) < 1e-12
+    components = random.standard_cauchy((count, 2))
+    lengths = random.integers(1, 500, count)
+    kind, options = case
+
+    def values(order: np.ndarray) -> np.ndarray:
+        columns = (components.sum(axis=1)[order], tasks[order], groups[order], kind, components[order], [1.0, 0.2])
+        return advantages(*columns, lengths=lengths[order], options=options).values
+
+    shuffled = random.permutation(count)
+    one = values(np.arange(count))
+    assert one[shuffled].tobytes() == values(shuffled).tobytes()
+    if kind not in ("ones", "ema_grpo") and not options.get("token_weighted"):
+        assert abs(one.mean()) < 1e-9

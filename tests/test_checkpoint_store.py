@@ -123,8 +123,12 @@ def test_find_gives_what_was_saved_last(tmp_path):
     assert make_store(tmp_path / "none").find("auto") is None
     store = save(tmp_path, 1, 5)
     assert make_store(tmp_path / "none").find("never") is None
-    with pytest.raises(ConfigError, match=r"run\.resume=never.*step-00000005.*run\.resume=auto"):
-        store.find("never")
+    converted = save(tmp_path / "converted", 0).find("auto")
+    assert converted is not None
+    assert make_store(tmp_path / "none").find(converted) == converted
+    for start in ("never", converted):
+        with pytest.raises(ConfigError, match=rf"run\.resume={start} .*step-00000005.*run\.resume=auto"):
+            store.find(start)
     assert store.find("auto") == tmp_path / "step-00000005"
     assert store.find(str(tmp_path / "step-00000001")) == tmp_path / "step-00000001"
     assert (tmp_path / "latest").read_text() == "step-00000005\n"

@@ -49,6 +49,22 @@ def test_every_number_has_a_bound():
         (["optimizer.lr_scale.x=-2"], ["optimizer.lr_scale.x is -2.0"]),
         (["evaluate.stop_at=0.5", "evaluate.every=5"], ["stop_at=0.5", "evaluate.data=''"]),
         (["run.folder="], ["run.folder is empty"]),
+        (["schedules.optimizer.ls={kind: constant}"], ["unknown 'optimizer.ls'", "did you mean 'optimizer.lr'"]),
+        (
+            ["schedules.optimizer.eps={kind: constant}"],
+            ["optimizer.eps is read once", "these can change: ", "optimizer.lr"],
+        ),
+        (["schedules.optimizer.lr_scale.x={kind: constant}"], ["optimizer.lr_scale.x is read once"]),
+        (["schedules.train.steps={kind: constant}"], ["train.steps is read once"]),
+        (["schedules.algorithm.kl={kind: constant}"], ["algorithm.kl is a section"]),
+        (
+            ["schedules.algorithm.kl.by_task={kind: constant}"],
+            ["is a mapping", "an entry of it, algorithm.kl.by_task.NAME"],
+        ),
+        (["schedules.algorithm.entropy.bands.a={kind: constant}"], ["bands.a is a list of 2", "one number"]),
+        (["schedules.algorithm.loss.kind={kind: constant}"], ["algorithm.loss.kind is str", "one number"]),
+        (["schedules.reward.length_only_if_correct={kind: constant}"], ["is bool", "one number"]),
+        (["schedules.optimizer.lr={start: 1}"], ["schedules.optimizer.lr has kind None"]),
     ],
 )
 def test_a_misfit_is_said_with_its_values(overrides, parts):

@@ -1,12 +1,13 @@
 """The parallel model equals transformers, and a run in one process, for each layout.
 
 Log-probs, entropies, loss and every gradient by Hugging Face name are compared with padded rows in transformers at
-float64; the weights after three updates with those of one process. `--write-layouts` puts the errors that were seen
-into docs/layouts.md.
+float64; the metrics of an RL step, and the weights after it and two more updates, with those of one process.
+`--write-layouts` puts the errors that were seen into docs/layouts.md.
 """
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from tests.reference import (
     renderer_and_sampling,
     token_loss,
 )
+from tests.rl_step import Measured, greatest_error, rl_step, write_answers
 from tests.spawn import run_ranks
 from tests.tiny import make_tiny
 from tools.pages import write_parts
@@ -34,6 +36,8 @@ pytestmark = pytest.mark.layouts
 
 # Which of the five groups share a row. The fourth of `four` has no image: its rank's vision tower has nothing to do.
 CUTS = {"two": [[0, 1, 2], [3, 4]], "four": [[0], [2], [3], [1, 4]], "uneven": [[0, 2], [1], [3, 4]], "one": [range(5)]}
+# Packed tokens of a microbatch of the RL step, for as many microbatches.
+TOKENS = {"two": 100, "four": 50, "uneven": 60, "one": 10**6}
 
 
 @dataclass(frozen=True)
@@ -46,14 +50,14 @@ class Layout:
     tied: tuple[bool, ...] = (True, False)
     slow: bool = True
 
+    def degree(self, name: str) -> int:
+        degree = self.parallel.get(name, 1)
+        assert isinstance(degree, int)
+        return degree
+
     @property
     def world(self) -> int:
-        degrees = (self.parallel.get(name, 1) for name in ("tensor", "pipeline", "data"))
-        product = 1
-        for degree in degrees:
-            assert isinstance(degree, int)
-            product *= degree
-        return product
+        return self.degree("tensor") * self.degree("pipeline") * self.degree("data")
 
 
 TP2, TP4, PP2, PP4, DP2 = {"tensor": 2}, {"tensor": 4}, {"pipeline": 2}, {"pipeline": 4}, {"data": 2}
@@ -98,18 +102,21 @@ def groups_of(folder: Path, single: bool) -> list[RolloutGroup]:
 
 
 def make_reference(folder: Path) -> None:
-    """Write the padded reference beside the model, once for all layouts."""
+    """Write the padded reference, and the answers of the RL step, beside the model, once for all layouts."""
     _, sampling = renderer_and_sampling(folder)
     torch.save(vars(hf_reference(folder, groups_of(folder, False), sampling)), folder / "reference.pt")
+    write_answers(folder)
 
 
 def make_updated(folder: Path) -> None:
-    """Write the weights after three updates in one process."""
-    torch.save(run(folder, Layout())[1], folder / "updated.pt")
+    """Write what the RL step reports, and the weights at the end, in one process."""
+    _, measured, weights = run(folder, Layout())
+    (folder / "measured.pkl").write_bytes(pickle.dumps(measured))
+    torch.save(weights, folder / "updated.pt")
 
 
-def run(folder: Path, layout: Layout) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    """(errors against the padded reference, weights after three updates) in this rank's layout."""
+def run(folder: Path, layout: Layout) -> tuple[dict[str, float], Measured, dict[str, torch.Tensor]]:
+    """(errors against the padded reference, an RL step, weights after it and two more updates) in this layout."""
     from megatron_vlrl.backends import build_backend
 
     _, sampling = renderer_and_sampling(folder)
@@ -135,20 +142,23 @@ def run(folder: Path, layout: Layout) -> tuple[dict[str, float], dict[str, torch
     }
     assert update.sums["tokens"] == len(reference.log_probs)
     assert update.maxima["top"] == pytest.approx(float(reference.log_probs.max()), rel=1e-5)
-    for _ in range(3):
+    measured = rl_step(backend, folder, at_rate(0.01), microbatch_tokens=TOKENS[layout.cut], single=layout.single)
+    for _ in range(2):
         assert backend.train_step(batches, token_loss, at_rate(1.0)).skipped is None
     weights = {name: weight.clone() for name, weight in backend.hf_weights()}
     backend.close()
-    return errors, weights
+    return errors, measured, weights
 
 
 def compare(folder: Path, layout: Layout) -> dict[str, float]:
     """All errors of this rank."""
-    errors, weights = run(folder, layout)
+    errors, measured, weights = run(folder, layout)
+    alone = pickle.loads((folder / "measured.pkl").read_bytes())
+    errors["RL metrics"] = greatest_error(measured, alone, layout.degree("data"))
     expected = torch.load(folder / "updated.pt", weights_only=True)
     started = dict(_weights_of(folder))
-    moved = max(relative(expected[name], started[name]) for name in expected)
-    assert moved > 1e-2, "the three updates moved nothing"
+    moved = min(relative(expected[name], started[name]) for name in expected)
+    assert moved > 1e-4, "an update that left a weight out would not be seen"
     return {**errors, "weights": max(relative(weights[name], expected[name]) for name in expected)}
 
 

@@ -179,9 +179,8 @@ def held(folder: Path, parallel: dict[str, Any], dtype: str, distributed: bool) 
     batch, row = microbatch(renderer, [11, 11], 1, dims.tensor)
     backend.train_step([batch] * dims.pipeline, token_loss, at_rate(1e-3))
     parameters = list(backend.weights.parameters.values())
-    planned = rank_memory(
-        backend.spec, dims, row, Training(width=WIDTHS[dtype], distributed=distributed), backend.groups.pipeline.rank
-    )
+    training, stage = Training(width=WIDTHS[dtype], distributed=distributed), backend.groups.pipeline.rank
+    planned = rank_memory(backend.spec, dims, row, training, stage)
     optimizer = 0
     for part in getattr(backend.optimizer, "chained_optimizers", [backend.optimizer]):
         inner = part.optimizer
@@ -197,8 +196,20 @@ def held(folder: Path, parallel: dict[str, Any], dtype: str, distributed: bool) 
         "gradients": (sum(p.main_grad.numel() * p.main_grad.element_size() for p in parameters), planned.gradients),
         "optimizer": (optimizer, planned.optimizer),
     }
+    for kind in ("frozen", "ema"):
+        backend.keep_reference(moving=kind == "ema")
+        with_it = rank_memory(backend.spec, dims, row, replace(training, reference=kind), stage)
+        result[kind] = (reference_bytes(backend), with_it.reference)
+        assert with_it.total - with_it.reference == planned.total
     backend.close()
     return result
+
+
+def reference_bytes(backend: Any) -> int:
+    """Of the kept weights, and of the copies that the model computes with where they differ."""
+    with backend._reference.in_use():
+        tensors = [*backend._reference.weights.values(), *(p.data for p in backend.weights.parameters.values())]
+    return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
 
 
 STATES: dict[tuple[str, int], list[tuple[dict[str, Any], str, bool]]] = {
@@ -223,10 +234,10 @@ def hold_all(folder: Path, cases: list[Any]) -> list[dict[str, tuple[float, floa
 
 
 @pytest.mark.parametrize(("kind", "ranks"), STATES)
-def test_weights_gradients_and_optimizer(kind: str, ranks: int, folders: dict[str, Path]) -> None:
+def test_weights_gradients_optimizer_and_reference(kind: str, ranks: int, folders: dict[str, Path]) -> None:
     cases = STATES[kind, ranks]
     for case, *results in zip(cases, *run_ranks(hold_all, ranks, folders[kind], cases), strict=True):
-        for use in ("weights", "gradients"):
+        for use in ("weights", "gradients", "frozen", "ema"):
             assert [result[use][0] for result in results] == [result[use][1] for result in results], (case, use)
         measured, planned = ([result["optimizer"][index] for result in results] for index in (0, 1))
         # A distributed optimizer is cut in the middle of parameters: its ranks' parts add up.

@@ -112,9 +112,10 @@ def test_only_mixtures_share_experts() -> None:
     assert experts >= {2, 4, 8, 16}
 
 
-def test_distributed_optimizer_and_engine_count() -> None:
+def test_distributed_optimizer_engine_and_reference_count() -> None:
     spec = SIZES["qwen3-vl-2b"]
-    for change, worse in ((Training(distributed=False), True), (Training(colocated=True), True), (Training(), False)):
+    costly = (Training(distributed=False), Training(colocated=True), Training(reference="frozen"))
+    for change, worse in (*((change, True) for change in costly), (Training(), False)):
         pairs = zip(*(plan(spec, "8xh200-141g", training=t).layouts for t in (Training(), change)), strict=True)
         wide = [(a, b) for a, b in pairs if a.dims.data > 1 and a.dims == b.dims]
         assert wide
@@ -152,7 +153,10 @@ def test_text_shows_what_fits_and_what_does_not(capsys: pytest.CaptureFixture[st
     ends = [line.find(column) + len(column) for line, column in ((table[0], "total"), (table[0], "tensor"))]
     assert all(line[end - 1].isdigit() for line in table[1:3] for end in ends)  # columns are aligned
     assert "rollout" not in text
+    assert "reference" not in text
     assert "expert" not in text
+    main(["plan", "--model", "qwen3-vl-8b", "--devices", "trn1.32xlarge", "--reference", "ema"])
+    assert "reference" in capsys.readouterr().out
 
 
 def test_json_is_whole(capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,6 +36,8 @@ pytestmark = pytest.mark.slow
 
 Layout = Mapping[str, Any]
 Tensors = dict[str, Tensor]
+# Checkpoints without and with a reference, and the policy and the reference that each run held
+Both = tuple[list[Path], list[tuple[Tensors, Tensors]]]
 DECAY = 0.9
 APART = {
     "distributed": True,
@@ -335,10 +337,7 @@ def save_both(folder: Path, target: Path) -> list[tuple[Tensors, Tensors]]:
 
 
 @pytest.fixture(scope="module")
-def both(
-    folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[list[Path], list[tuple[Tensors, Tensors]]]:
-    """Checkpoints without and with a reference, and what was held."""
+def both(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Both:
     target = tmp_path_factory.mktemp("checkpoints")
     (result,) = run_ranks(save_both, 1, folders["dense"], target)
     return [target / f"step-{number:08d}" for number in (1, 2)], result
@@ -361,7 +360,7 @@ def load_each(folder: Path, checkpoints: list[Path], kind: str) -> list[tuple[Te
 
 @pytest.mark.parametrize("kind", ["none", "frozen", "moving"])
 def test_what_a_checkpoint_and_a_run_do_not_share_is_left_as_it_is(
-    kind: str, folders: dict[str, Path], both: tuple[list[Path], list[tuple[Tensors, Tensors]]]
+    kind: str, folders: dict[str, Path], both: Both
 ) -> None:
     checkpoints, expected = both
     (found,) = run_ranks(load_each, 1, folders["dense"], checkpoints, kind)
@@ -373,9 +372,7 @@ def test_what_a_checkpoint_and_a_run_do_not_share_is_left_as_it_is(
     assert same(found[2][1], expected[1][1] if kind == "moving" else start)
 
 
-def test_a_checkpoint_older_than_references_is_read(
-    folders: dict[str, Path], both: tuple[list[Path], list[tuple[Tensors, Tensors]]], tmp_path: Path
-) -> None:
+def test_a_checkpoint_older_than_references_is_read(folders: dict[str, Path], both: Both, tmp_path: Path) -> None:
     checkpoints, expected = both
     older = shutil.copytree(checkpoints[0], tmp_path / "older")
     common = torch.load(older / "common.pt", weights_only=False)
@@ -387,7 +384,7 @@ def test_a_checkpoint_older_than_references_is_read(
 
 
 def test_only_a_moving_one_is_saved_and_neither_is_exported(
-    folders: dict[str, Path], both: tuple[list[Path], list[tuple[Tensors, Tensors]]], tmp_path: Path
+    folders: dict[str, Path], both: Both, tmp_path: Path
 ) -> None:
     checkpoints, expected = both
     keys = [set(FileSystemReader(checkpoint).read_metadata().state_dict_metadata) for checkpoint in checkpoints]

@@ -165,7 +165,7 @@ def test_without_resume_an_old_run_is_left_alone(inputs, tmp_path):  # noqa: F81
     before = records(tmp_path / "run")
     end = run(train(config, "train.steps=2"), 1, tmp_path / "out")
     assert end.codes == [2]
-    assert "holds step-00000001 of an earlier run; set run.resume=auto" in end.err
+    assert "holds step-00000001 of an earlier one; set run.resume=auto" in end.err
     assert records(tmp_path / "run") == before
 
 

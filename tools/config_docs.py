@@ -19,8 +19,10 @@ from typing import Any, get_type_hints
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_vlrl.algorithms import ADVANTAGES
+from megatron_vlrl.algorithms.schedules import SCHEDULES
 from megatron_vlrl.config import schema
 from megatron_vlrl.config.checks import value_of
+from megatron_vlrl.config.stepwise import stepwise_keys
 from megatron_vlrl.config.typed import describe
 from tools.pages import write_parts
 
@@ -44,14 +46,16 @@ def comments(source: str) -> dict[tuple[str, str], str]:
 
 
 def sections(section: type, path: tuple[str, ...] = ()) -> Iterator[tuple[str, type, dict[str, Any]]]:
-    """(dotted name, class, its own keys with their annotations) for every section that has keys."""
+    """(dotted name, class, its own keys with their annotations) for every section that has keys; the top level last."""
     hints = get_type_hints(section)
     own = {name: hint for name, hint in hints.items() if not dataclasses.is_dataclass(hint)}
-    if own:
+    if own and path:
         yield ".".join(path), section, own
     for name, hint in hints.items():
         if name not in own:
             yield from sections(hint, (*path, name))
+    if own and not path:
+        yield "top level", section, own
 
 
 def keys_part() -> str:
@@ -59,8 +63,9 @@ def keys_part() -> str:
     notes = comments(inspect.getsource(schema))
     parts = []
     for name, section, own in sections(schema.Config):
+        prefix = "" if section is schema.Config else f"{name}."
         rows = [
-            f"| `{name}.{key}` | {_cell(describe(hint))} | `{_default(f'{name}.{key}')}` "
+            f"| `{prefix}{key}` | {_cell(describe(hint))} | `{_default(f'{prefix}{key}')}` "
             f"| {_cell(notes[section.__name__, key])} |"
             for key, hint in own.items()
         ]
@@ -70,18 +75,33 @@ def keys_part() -> str:
 
 
 def options_part() -> str:
-    """The options of every kind of advantage, with their defaults."""
+    """The options of every kind of advantage, with their defaults; `state` is the run's."""
     rows = []
     for kind, method in ADVANTAGES.items():
         known = inspect.signature(method).parameters.values()
-        options = [f"`{p.name}: {json.dumps(p.default)}`" for p in known if p.kind is p.KEYWORD_ONLY]
+        options = [
+            f"`{p.name}: {json.dumps(p.default)}`" for p in known if p.kind is p.KEYWORD_ONLY and p.name != "state"
+        ]
         rows.append(f"| `{kind}` | {', '.join(options) or 'none'} |")
     return "\n".join(["| kind | options and their defaults |", "|---|---|", *rows])
 
 
+def schedules_part() -> str:
+    """What can be scheduled, and the arguments of every kind of schedule."""
+    rows = []
+    for kind, schedule in SCHEDULES.items():
+        known = [p for p in inspect.signature(schedule).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        arguments = [f"`{p.name}`" if p.default is p.empty else f"`{p.name}: {json.dumps(p.default)}`" for p in known]
+        text = " ".join((schedule.__doc__ or "").split("\n\n")[0].split())
+        rows.append(f"| `{kind}` | {', '.join(arguments)} | {_cell(text)} |")
+    keys = ", ".join(f"`{key}`" for key in stepwise_keys())
+    table = ["| kind | arguments and their defaults | |", "|---|---|---|", *rows]
+    return "\n".join([f"Settings that can have one: {keys}.", "", *table])
+
+
 def parts() -> Mapping[str, str]:
     """All that is generated, by the part's name."""
-    return {"keys": keys_part(), "options": options_part()}
+    return {"keys": keys_part(), "options": options_part(), "schedules": schedules_part()}
 
 
 def _default(key: str) -> str:

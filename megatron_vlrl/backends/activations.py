@@ -10,16 +10,19 @@ T packed tokens, D hidden size, A queries' width, K keys' width, F feed-forward 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+from megatron_vlrl.backends.pipeline import Moment, moments
 from megatron_vlrl.models.qwen3_vl.config import Qwen3VLSpec, TextSpec, VisionSpec
 from megatron_vlrl.parallel.dims import ParallelDims
 
 Recompute = Literal["none", "selective", "full"]
 CHUNK_NUMBERS = 2**26  # logits that exist at once (parallel/logprob.py)
 _FLOAT = 4
+_FULL = 2  # microbatches for each rank of a pipeline are enough for all that it ever keeps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,9 +65,29 @@ class Kept:
     again: float
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk:
+    """Bytes of one of a rank's chunks. text, vision: kept by autograd for each row that waits for its backward step.
+    borders: held besides by the schedule, of what stages hand to each other. text_work, vision_work: what exists
+    besides while the backward step goes through decoder layers and head, and then through the tower."""
+
+    text: float
+    vision: float
+    borders: float
+    text_work: float
+    vision_work: float
+
+
 def stage_of(layer: int, layers: int, dims: ParallelDims) -> int:
     """The pipeline rank that holds a decoder layer (from 0)."""
     return layer // (layers // (dims.pipeline * dims.virtual)) % dims.pipeline
+
+
+def chunk_layers(layers: int, dims: ParallelDims, stage: int, chunk: int) -> range:
+    """The decoder layers of a chunk (from 0) of a pipeline rank: chunks are dealt out to the ranks in turn."""
+    each = layers // (dims.pipeline * dims.virtual)
+    start = (chunk * dims.pipeline + stage) * each
+    return range(start, start + each)
 
 
 @lru_cache(maxsize=1024)
@@ -106,23 +129,27 @@ def _core(text: TextSpec, row: Row, dims: ParallelDims, width: int) -> float:
     prompt_tokens, answers = row.prompts * row.prompt, row.prompts * row.responses
     answer_tokens, seen = answers * row.response, row.prompt + row.response
     kept = prompt_tokens * (2 * queries + 2 * keys) + answer_tokens * 2 * queries + answers * seen * 2 * keys
-    mask = answers * row.response * seen
     sums = (prompt_tokens + answer_tokens) * text.heads * _FLOAT
-    return (kept * width + sums) / dims.tensor + mask * width
+    return (kept * width + sums) / dims.tensor + _mask(row) * width
+
+
+def _mask(row: Row) -> int:
+    """Pairs of an answer's token with one of its prompt and itself."""
+    return row.prompts * row.responses * row.response * (row.prompt + row.response)
 
 
 def text_layers(
-    spec: Qwen3VLSpec, row: Row, dims: ParallelDims, width: int, recompute: Recompute, stage: int
+    spec: Qwen3VLSpec, row: Row, dims: ParallelDims, width: int, recompute: Recompute, numbers: range
 ) -> tuple[float, float]:
-    """(bytes that a row keeps in a stage's decoder layers, what exists besides while a layer is computed again)."""
+    """(bytes that a row keeps in the decoder layers `numbers`, what exists besides while a layer is computed again)."""
     text = spec.text
-    numbers = [n for n in range(text.layers) if stage_of(n, text.layers, dims) == stage]
     layers = [text_layer(text, row, dims, width, mixture=text.is_mixture(n)) for n in numbers]
     if recompute == "full":
         features = max(0, len(spec.vision.deepstack_layers) - numbers[0]) if row.image else 0
-        return features * layers[0].entry + sum(layer.entry for layer in layers), max(
-            layer.whole - layer.entry for layer in layers
-        )
+        # What each layer is called with again: rotary angles, the answers' mask as truth values, features.
+        shared = row.tokens * text.head_dim * _FLOAT + _mask(row) + features * layers[0].entry
+        kept = shared + sum(layer.entry for layer in layers)
+        return kept, max(layer.whole - layer.entry for layer in layers)
     if recompute == "selective":
         queries, keys = text.heads * text.head_dim, text.kv_heads * text.head_dim
         # Values are part of the projection, which a norm of float32 keys keeps already.
@@ -162,23 +189,68 @@ def stage_activations(
     stage: int,
     recompute: Recompute,
     recompute_vision: bool,
+    microbatches: int | None = None,
 ) -> dict[str, float]:
-    """Bytes kept on a stage at the worst moment, in `text` and in `vision`.
+    """Bytes kept on a stage at the worst moment of a step of `microbatches` rows, in `text`, `vision` and `borders`.
 
-    Stage p of P has sent P - p rows ahead when the first comes back (one forward, one backward). What the head keeps is
-    gone when a decoder layer is computed again, and those are gone when it is a vision layer's turn.
+    None are as many rows as fill the pipeline. What the head keeps is gone when a decoder layer is computed again, and
+    those are gone when it is a vision layer's turn.
     """
-    in_flight = dims.pipeline - stage
-    kept, again = text_layers(spec, row, dims, width, recompute, stage)
-    head = 0.0
-    if stage == dims.pipeline - 1:
+    chunks = [
+        _chunk(spec, row, dims, width, stage=stage, chunk=n, recompute=recompute, recompute_vision=recompute_vision)
+        for n in range(dims.virtual)
+    ]
+    rows = _FULL * dims.pipeline if microbatches is None else microbatches
+    parts = [_kept(chunks, moment) for moment in moments(dims, rows, stage)]
+    return dict(zip(("text", "vision", "borders"), max(parts, key=sum), strict=True))
+
+
+def _kept(chunks: Sequence[Chunk], moment: Moment) -> tuple[float, float, float]:
+    """(text, vision, borders) at a moment, when the backward step of one of the chunks begins."""
+    pairs = list(zip(moment.kept, chunks, strict=True))
+    text = sum(rows * chunk.text for rows, chunk in pairs)
+    vision = sum(rows * chunk.vision for rows, chunk in pairs)
+    borders = sum(rows * chunk.borders for rows, chunk in pairs)
+    now = chunks[moment.chunk]
+    return text + now.text_work, vision + max(0.0, now.vision_work - now.text - now.text_work), borders
+
+
+def _chunk(
+    spec: Qwen3VLSpec,
+    row: Row,
+    dims: ParallelDims,
+    width: int,
+    *,
+    stage: int,
+    chunk: int,
+    recompute: Recompute,
+    recompute_vision: bool,
+) -> Chunk:
+    numbers = chunk_layers(spec.text.layers, dims, stage, chunk)
+    text, again = text_layers(spec, row, dims, width, recompute, numbers)
+    head = tower = tower_again = 0.0
+    if numbers[-1] == spec.text.layers - 1:
         norm = 2 * row.tokens * spec.text.hidden_size * _FLOAT / _sequence(dims)
         head = norm + row.logit_rows * spec.text.hidden_size * width
-    text = in_flight * kept + max(head, again)
-    if stage > 0 or not row.image:
-        return {"text": text, "vision": 0.0}
-    tower, tower_again = vision_tower(spec.vision, row, dims, width, recompute=recompute_vision)
-    return {"text": text, "vision": in_flight * tower + max(0.0, tower_again - kept - max(head, again))}
+    if numbers[0] == 0 and row.image:
+        tower, tower_again = vision_tower(spec.vision, row, dims, width, recompute=recompute_vision)
+    borders = _borders(spec, row, dims, width, recompute, numbers)
+    return Chunk(text=text, vision=tower, borders=borders, text_work=max(head, again), vision_work=tower_again)
+
+
+def _borders(
+    spec: Qwen3VLSpec, row: Row, dims: ParallelDims, width: int, recompute: Recompute, numbers: range
+) -> float:
+    """What a chunk was handed and what it hands on, joined with DeepStack's features that later layers add.
+
+    What comes without features is what the first layer keeps anyway, where it keeps its input as it is.
+    """
+    features = len(spec.vision.deepstack_layers) if row.image else 0
+    arriving, leaving = max(0, features - numbers[0]), max(0, features - numbers[-1] - 1)
+    kept_anyway = not arriving and (recompute == "full" or width == _FLOAT)
+    received = 0 if numbers[0] == 0 or kept_anyway else 1 + arriving
+    sent = 0 if numbers[-1] == spec.text.layers - 1 else 1 + leaving
+    return (received + sent) * row.tokens * spec.text.hidden_size * width / _sequence(dims)
 
 
 def head_workspace(spec: Qwen3VLSpec, row: Row, dims: ParallelDims, width: int) -> float:

@@ -10,6 +10,7 @@ import math
 import re
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from typing import Literal
 
 from megatron_vlrl.backends.activations import Recompute, Row, head_workspace, stage_activations, stage_of
 from megatron_vlrl.models.qwen3_vl.config import Qwen3VLSpec
@@ -20,6 +21,7 @@ from megatron_vlrl.parallel.dims import ParallelDims
 _GRADIENT = 4  # bytes of a summed gradient (grad_reduce_in_fp32)
 _MOMENTS = 8  # of AdamW's two averages
 _MASTER = 4  # of the float32 copy of a weight that is not float32 itself
+_MOVING = 4  # of a moving reference's weight
 _EXPERT = re.compile(r"\.mlp\.experts\.")
 # What the tensor group cuts; everything else is whole on each of its ranks.
 _CUT = re.compile(
@@ -31,13 +33,15 @@ _CUT = re.compile(
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Training:
     """What of a run's settings decides its memory. width: bytes of a weight. colocated: the rollout engine holds a
-    whole copy of the weights on the same device, its key/value cache not counted."""
+    whole copy of the weights on the same device, its key/value cache not counted. reference: the policy that a KL term
+    measures from."""
 
     width: int = 2
     distributed: bool = True
     recompute: Recompute = "none"
     recompute_vision: bool = False
     colocated: bool = False
+    reference: Literal["none", "frozen", "ema"] = "none"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +55,7 @@ class RankMemory:
     vision: float
     head: float
     rollout: float
+    reference: float
 
     @property
     def total(self) -> float:
@@ -112,7 +117,15 @@ def rank_memory(spec: Qwen3VLSpec, dims: ParallelDims, row: Row, training: Train
         vision=activations["vision"],
         head=head_workspace(spec, row, dims, training.width) if stage == dims.pipeline - 1 else 0.0,
         rollout=sum(parameter_counts(spec).values()) * training.width if training.colocated else 0.0,
+        reference=numbers * _reference_width(training),
     )
+
+
+def _reference_width(training: Training) -> int:
+    if training.reference == "ema":
+        # It is scored with in a copy of the weights' own dtype.
+        return _MOVING + (training.width if training.width < _MOVING else 0)
+    return training.width if training.reference == "frozen" else 0
 
 
 def fullest_rank(spec: Qwen3VLSpec, dims: ParallelDims, row: Row, training: Training) -> RankMemory:

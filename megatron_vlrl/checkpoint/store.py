@@ -155,10 +155,11 @@ class CheckpointStore:
 
         spec: "never" gives None; ConfigError if the folder holds a run already, which a crash of the new one would
         resume. "auto" the newest undamaged one of the folder, None if it holds none; anything else is a
-        checkpoint's folder. CheckpointError if that one is damaged, or if "auto" finds damaged ones only.
+        checkpoint's folder, and one of step 0 starts a new run as "never" does. CheckpointError if that one is damaged,
+        or if "auto" finds damaged ones only.
         """
         if spec == "never":
-            self._refuse_older_run()
+            self._refuse_older_run(spec)
             return None
         if spec != "auto":
             problems = self._problems(Path(spec))
@@ -166,6 +167,8 @@ class CheckpointStore:
                 raise CheckpointError(
                     f"run.resume={spec}: {'; '.join(problems)}. Name another step-* folder, or use run.resume=auto"
                 )
+            if self._on_main(lambda: Manifest.read(Path(spec))).step == 0:
+                self._refuse_older_run(spec)
             return Path(spec)
         candidates: list[Path] = self._on_main(self._clean_and_list)
         for path in candidates:
@@ -256,11 +259,11 @@ class CheckpointStore:
             except OSError as error:
                 LOG.warning("old checkpoint %s could not be deleted (%s); delete it by hand", path, error)
 
-    def _refuse_older_run(self) -> None:
+    def _refuse_older_run(self, spec: str | Path) -> None:
         older: list[Path] = self._on_main(lambda: [path for _, path in self._finished()])
         if older:
             raise ConfigError(
-                f"run.resume=never, but {self.folder} holds {older[-1].name} of an earlier run; "
+                f"run.resume={spec} starts a new run, but {self.folder} holds {older[-1].name} of an earlier one; "
                 "set run.resume=auto to go on with it, or choose another run.folder"
             )
 

@@ -37,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=_WIDTHS, default="bfloat16", help="of the weights; default bfloat16")
     parser.add_argument("--plain-optimizer", action="store_true", help="optimizer.distributed=false")
     parser.add_argument("--colocated", action="store_true", help="count the rollout engine's whole copy of the weights")
+    parser.add_argument(
+        "--reference", choices=("none", "frozen", "ema"), default="none", help="policy of a KL term; default none"
+    )
     parser.add_argument("--json", action="store_true", help="for programs")
 
 
@@ -61,7 +64,10 @@ def run(arguments: argparse.Namespace) -> int:
         budget=arguments.microbatch_tokens,
     )
     training = Training(
-        width=_WIDTHS[arguments.dtype], distributed=not arguments.plain_optimizer, colocated=arguments.colocated
+        width=_WIDTHS[arguments.dtype],
+        distributed=not arguments.plain_optimizer,
+        colocated=arguments.colocated,
+        reference=arguments.reference,
     )
     plan = make_plan(spec, count, device, work, training)
     if arguments.json:
@@ -157,9 +163,10 @@ _NEAREST = 5  # of the layouts that do not fit
 
 
 def _table(layouts: Sequence[Layout]) -> list[str]:
-    """Columns that say nothing are left out: a rollout engine that is not there, experts that the model has not."""
+    """Columns that say nothing are left out: an engine or a reference that is not there, experts that the model has
+    not."""
     rows = [_cells(layout) for layout in layouts]
-    silent = {"rollout": "0.0", "expert": "1", "because of": ""}
+    silent = {"rollout": "0.0", "reference": "0.0", "expert": "1", "because of": ""}
     names = [name for name in rows[0] if any(row[name] != silent.get(name) for row in rows)]
     lines = [{name: name for name in names}, *rows]
     widths = {name: max(len(line[name]) for line in lines) for name in names if name != "because of"}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from megatron_vlrl.config.load import keys
 from megatron_vlrl.config.schema import Config
+from megatron_vlrl.config.stepwise import why_not_stepwise
 from megatron_vlrl.errors import ConfigError
 
 # The smallest value of settings that only have a smallest value.
@@ -202,6 +203,16 @@ def optimizer(config: Config) -> Iterator[str]:
             yield f"optimizer.lr_scale.{pattern} is {factor}; use 0 or more (0 keeps the learning rate at 0)"
 
 
+def schedules(config: Config) -> Iterator[str]:
+    """Only for settings that a step reads anew, and each of a kind."""
+    for key, schedule in config.schedules.items():
+        if why := why_not_stepwise(key):
+            yield why
+        elif not isinstance(schedule.get("kind"), str):
+            kind = schedule.get("kind")
+            yield f"schedules.{key} has kind {kind!r}; name one, as in {{kind: linear, start: 1, end: 0}}"
+
+
 def early_stop(config: Config) -> Iterator[str]:
     """Stopping early by accuracy needs evaluations during training."""
     evaluate = config.evaluate
@@ -225,6 +236,7 @@ CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     sampler,
     entropy_bands,
     optimizer,
+    schedules,
     early_stop,
 )
 

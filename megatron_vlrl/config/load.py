@@ -57,7 +57,8 @@ def _schema(section: type, path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
             yield ".".join((*path, name)), annotation
 
 
-def _is_section(key: str) -> bool:
+def is_section(key: str) -> bool:
+    """Whether settings lie under the dotted `key`."""
     return any(known.startswith(key + ".") for known in keys())
 
 
@@ -85,7 +86,7 @@ def _leaves(tree: Any, path: tuple[str, ...], source: str) -> Iterator[tuple[str
             raise _unknown(key, source)
         if key in keys():
             yield key, _typed(key, value, source)
-        elif _is_section(key):
+        elif is_section(key):
             yield from _leaves(value, (*path, str(name)), source)
         else:
             raise _unknown(key, source)
@@ -95,7 +96,7 @@ def _lay_over(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals:
         raise ConfigError(f"{COMMAND_LINE}: {override!r} is not of the form section.key=value")
-    leaf, entry = _split(key)
+    leaf, entry = split_key(key)
     if leaf is not None and not entry and takes_text(keys()[leaf]):
         values[leaf] = _typed(leaf, text, COMMAND_LINE)
         return
@@ -104,7 +105,7 @@ def _lay_over(values: dict[str, Any], override: str) -> None:
     except yaml.YAMLError as error:
         raise ConfigError(f"{COMMAND_LINE}: the value of {key} is not valid YAML: {error}") from error
     if leaf is None:
-        if not _is_section(key):
+        if not is_section(key):
             raise _unknown(key, COMMAND_LINE)
         values.update(_leaves(value, tuple(key.split(".")), COMMAND_LINE))
     elif entry:
@@ -113,12 +114,12 @@ def _lay_over(values: dict[str, Any], override: str) -> None:
         values[leaf] = _typed(leaf, value, COMMAND_LINE)
 
 
-def _split(key: str) -> tuple[str | None, str]:
-    """The setting that a dotted key names, and the entry within it where that setting is a mapping."""
+def split_key(key: str) -> tuple[str | None, str]:
+    """The setting that a dotted key names, and the entry within it where that setting is a mapping; None for none."""
     if key in keys():
         return key, ""
     for leaf, annotation in keys().items():
-        if get_origin(annotation) is Mapping and key.startswith(leaf + "."):
+        if key.startswith(leaf + ".") and get_origin(annotation) is Mapping:
             return leaf, key.removeprefix(leaf + ".")
     return None, ""
 
@@ -131,7 +132,7 @@ def _typed(key: str, value: Any, source: str) -> Any:
 
 
 def _unknown(key: str, source: str) -> ConfigError:
-    if _split(key)[0]:
+    if split_key(key)[0]:
         section, _, last = key.rpartition(".")
         return ConfigError(f"{source}: write {key} nested: {section.replace('.', ': ')}: {{{last}: ...}}")
     near = difflib.get_close_matches(key, keys(), n=1, cutoff=0.75)

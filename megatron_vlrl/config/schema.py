@@ -222,3 +222,5 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
+    # dotted key -> kind, a name in algorithms.schedules.SCHEDULES, and its arguments: what the key is at each step
+    schedules: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
