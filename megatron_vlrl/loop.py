@@ -13,9 +13,9 @@ from typing import Any
 
 from megatron_vlrl.algorithms import check_options
 from megatron_vlrl.algorithms.losses import check_loss_options
-from megatron_vlrl.algorithms.schedules import learning_rate
+from megatron_vlrl.algorithms.scheduled import Scheduled
 from megatron_vlrl.backends import BackendOptions, build_backend
-from megatron_vlrl.backends.protocol import OptimizerStep, Saving
+from megatron_vlrl.backends.protocol import Saving
 from megatron_vlrl.checkpoint.export import export_model
 from megatron_vlrl.checkpoint.state import STATE_FILE, RunState, differences, summary
 from megatron_vlrl.checkpoint.store import CheckpointStore
@@ -47,7 +47,7 @@ from megatron_vlrl.train.estimate import estimate
 from megatron_vlrl.train.minibatches import rows_of
 from megatron_vlrl.train.rewards import gather_table, score_groups
 from megatron_vlrl.train.statistics import step_means, step_scalars, why_skipped
-from megatron_vlrl.train.update import Updater
+from megatron_vlrl.train.update import Updater, optimizer_step
 from megatron_vlrl.types import StepStats
 
 _log = logging.getLogger(__name__)
@@ -56,8 +56,7 @@ CONFIG_FILE = "config.yaml"
 
 def train(config: Config) -> str:
     """Train as `config` says; the table that ends the run (rank 0's). Every rank of the job calls it."""
-    check_options(config.algorithm.advantage.kind, config.algorithm.advantage.options)
-    check_loss_options(config.algorithm.loss.kind, config.algorithm.loss.options)
+    Scheduled(config).check(_check_algorithm)
     world = world_from_env(os.environ)
     with joined(world, timeout_seconds=config.parallel.timeout_seconds, threads=config.run.threads):
         seed_all(config.run.seed)
@@ -69,6 +68,7 @@ class Run:
 
     def __init__(self, config: Config) -> None:
         self.config, self.folder = config, Path(config.run.folder)
+        self.scheduled = Scheduled(config)
         self.renderer = Renderer(Path(config.model.path), config.data.max_prompt_tokens)
         self.sampling = sampling_for(config.rollout, self.renderer, seed=config.run.seed)
         self.backend = build_backend(BackendOptions.of(config, self.sampling))
@@ -117,7 +117,7 @@ class Run:
 
     def step(self) -> StepStats:
         """One step of reinforcement learning."""
-        settings, clock = self.config, Clock()
+        settings, clock = self.scheduled.at(self.done), Clock()
         algorithm, data = settings.algorithm, self.groups.data
         intake = self._take_in(settings, clock)
         with clock("advantage"):
@@ -128,10 +128,10 @@ class Run:
         with clock("balance"):
             division = divide(batch, table, result, settings, step=self.done, cost=self.cost, data=data)
         with clock("score"):
-            version = self.done if self.engine.needs_weights else None
+            version = self.done if self.engine.needs_weights else None  # of the weights that wrote fresh rollouts
             minibatches = self.updater.prepare(division.updates, algorithm, version)
         with clock("update"):
-            step = OptimizerStep.of(settings.optimizer, lr=self._learning_rate(settings))
+            step = optimizer_step(settings, self.done)
             updates = [self.updater.update(minibatch, algorithm, step) for minibatch in minibatches]
             if algorithm.kl.reference == "ema":
                 self.backend.move_reference(algorithm.kl.decay)
@@ -142,12 +142,13 @@ class Run:
         self.store.poll()
         if self.recorder:
             self.recorder.rollouts(self.done, batch, [result.values[rows_of(table, one.group)] for one in batch])
+        scheduled = {f"schedule/{key}": value for key, value in self.scheduled.values(self.done - 1).items()}
         scalars = intake.scalars() | division.shares.scalars() | step_scalars(table, result, updates)
         counts = {"lr": step.lr, "updates": float(self.updates), "bad_samples": float(len(self.bad))}
         return StepStats(
             step=self.done,
             means=step_means(intake.tables, table, result, updates, settings.reward),
-            scalars=counts | scalars,
+            scalars=counts | scheduled | scalars,
             seconds=clock.seconds | {"save": self.store.take_blocked_seconds()},
             skipped=why_skipped(updates),
         )
@@ -168,12 +169,6 @@ class Run:
                 scored = score_groups(groups, reward, self.groups.model)
                 intake.add(scored, gather_table(scored, self.groups.data, self.tasks))
         return intake
-
-    def _learning_rate(self, settings: Config) -> float:
-        o, steps = settings.optimizer, settings.train.steps
-        return learning_rate(
-            self.done, base=o.lr, steps=steps, warmup=o.warmup_steps, decay=o.decay, final_ratio=o.final_ratio
-        )
 
     def _evaluate(self, label: str) -> Evaluation:
         if not self.held_out:
@@ -241,6 +236,12 @@ class Run:
         self.engine.close()
         self.backend.close()
         return summary_table(self.folder) if self.groups.is_main else ""
+
+
+def _check_algorithm(settings: Config) -> None:
+    algorithm = settings.algorithm
+    check_options(algorithm.advantage.kind, algorithm.advantage.options)
+    check_loss_options(algorithm.loss.kind, algorithm.loss.options)
 
 
 def _due(step: int, every: int, start: int = 0) -> bool:

@@ -23,7 +23,10 @@ from tests.run_folder import (
 
 WARM = {
     "rollout": {"engine": "demonstrations", "samples_per_prompt": 1, "max_new_tokens": 48},
-    "algorithm": {"advantage": {"kind": "ones"}, "loss": {"kind": "nll", "aggregation": "token_mean", "importance": "none"}},
+    "algorithm": {
+        "advantage": {"kind": "ones"},
+        "loss": {"kind": "nll", "aggregation": "token_mean", "importance": "none"},
+    },
     "optimizer": {"lr": 4.0e-3, "betas": [0.9, 0.98], "warmup_steps": 5},
     "reward": {"length_weight": 0.0},
 }

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_vlrl.algorithms.schedules import learning_rate
 from megatron_vlrl.algorithms.shaping import entropy_sides, entropy_weights
 from megatron_vlrl.backends.protocol import Backend, OptimizerStep, UpdateResult
-from megatron_vlrl.config.schema import AlgorithmConfig
+from megatron_vlrl.config.schema import AlgorithmConfig, Config
 from megatron_vlrl.packing import Microbatch, Targets, cut, pack, packed_tokens
 from megatron_vlrl.parallel.collectives import sum_over
 from megatron_vlrl.train.minibatches import TrainGroup, filler
@@ -91,6 +92,13 @@ class Updater:
         sides = entropy_sides(sums, counts, algorithm.entropy.bands)
         weights = entropy_weights(sides, counts, algorithm.entropy.coefficient)
         return torch.tensor([weights[name] for name in self.task_names], dtype=torch.float32)
+
+
+def optimizer_step(settings: Config, step: int) -> OptimizerStep:
+    """What the updates of step `step`, counted from 0, are taken with."""
+    o, steps = settings.optimizer, settings.train.steps
+    rate = learning_rate(step, base=o.lr, steps=steps, warmup=o.warmup_steps, decay=o.decay, final_ratio=o.final_ratio)
+    return OptimizerStep.of(o, lr=rate)
 
 
 def kl_coefficient(algorithm: AlgorithmConfig, task: str) -> float:
