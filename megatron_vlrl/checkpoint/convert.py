@@ -36,6 +36,7 @@ from megatron_vlrl.parallel.dims import ParallelDims
 SETTINGS_FOLDER, INFOS_FILE = "hf", "weights.json"
 _HASHERS = 4  # threads; files are hashed side by side
 _LISTED = 5  # tensors named in an error
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # a run in float32 holds each exactly
 
 
 def convert_from_hf(source: Path, out: Path, dims: ParallelDims) -> None:
@@ -107,11 +108,11 @@ def _read_infos(path: Path) -> dict[str, TensorInfo]:
 def _check_dtype(source: Path, infos: Mapping[str, TensorInfo]) -> None:
     usual = Counter(info.dtype for info in infos.values()).most_common(1)[0][0]
     others = [f"{name} {info.dtype}" for name, info in infos.items() if info.dtype != usual]
-    if others or not usual.is_floating_point:
+    if others or usual not in _DTYPES:
         listed = ", ".join(others[:_LISTED]) + (", ..." if len(others) > _LISTED else "")
         raise ModelError(
-            f"{source} has weights of several dtypes or not of floating point ({usual}; {listed}); "
-            "save the model in one floating-point dtype first"
+            f"{source} has weights of several dtypes, or of one that no run holds as it is stored ({usual}; {listed}); "
+            "save the model in float32, bfloat16 or float16 first"
         )
 
 
