@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_vlrl.backends import build_backend
+from megatron_vlrl.backends.megatron import shards
 from megatron_vlrl.backends.megatron.backend import MegatronBackend
 from megatron_vlrl.checkpoint.convert import convert_from_hf, convert_to_hf
 from megatron_vlrl.cli import main
@@ -185,7 +187,7 @@ def test_a_checkpoint_of_a_run_comes_out_in_the_sources_dtype(models, tmp_path):
 def finish(folder: Path) -> None:
     from megatron_vlrl.checkpoint.convert import _finish
 
-    _finish(folder, ParallelDims(tensor=2))
+    _finish(folder, ParallelDims(tensor=2), {})
 
 
 def broken(folder: Path, target: Path, change) -> Path:
@@ -254,6 +256,50 @@ def test_a_flipped_bit_is_found_and_the_old_export_kept(file, models, tmp_path):
     with pytest.raises(CheckpointError, match=rf"{file} does not match its SHA-256; nothing was written"):
         convert_to_hf(tmp_path / "checkpoint", tmp_path / "hf")
     assert weight_bytes(tmp_path / "hf") == before
+
+
+@pytest.mark.parametrize("place", [2, 30, -2, None], ids=["header", "pickle", "directory", "gone"])
+def test_a_file_that_cannot_even_be_read_is_called_damaged(place, models, tmp_path):
+    """The files are read while they are verified: what goes wrong in reading has its cause named all the same."""
+    convert_from_hf(models["tied"], tmp_path / "checkpoint", ParallelDims(tensor=2))
+    path = tmp_path / "checkpoint" / "__1_0.distcp"
+    data = bytearray(path.read_bytes())
+    if place is None:
+        path.unlink()
+    else:
+        data[place] ^= 255
+        path.write_bytes(bytes(data))
+    with pytest.raises(CheckpointError, match=r"is damaged: __1_0.distcp .*; nothing was written") as error:
+        convert_to_hf(tmp_path / "checkpoint", tmp_path / "hf")
+    assert ("cannot be read" if place is None else "does not match its SHA-256") in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
+
+
+OTHERWISE: dict[str, Callable[[Tensor], Tensor]] = {
+    "turned": lambda block: block.transpose(0, -1).contiguous().transpose(0, -1),
+    "between others": lambda block: torch.cat([block.flatten() + 1, block.flatten()])[block.numel() :].view(
+        block.shape
+    ),
+    "in another dtype": lambda block: block.half(),
+}
+
+
+@pytest.mark.parametrize("how", OTHERWISE)
+def test_blocks_that_lie_otherwise_in_a_file_are_read_too(how, models, tmp_path, monkeypatch):
+    """As whoever saved them had them in memory."""
+
+    def append(file: BinaryIO, block: Tensor) -> tuple[int, int]:
+        start = file.tell()
+        torch.save(OTHERWISE[how](block), file)
+        return start, file.tell() - start
+
+    monkeypatch.setattr(shards, "_append", append)
+    convert_from_hf(models["untied bf16"], tmp_path / "checkpoint", ParallelDims(tensor=2))
+    convert_to_hf(tmp_path / "checkpoint", tmp_path / "hf")
+    written, given = (load_file(folder / "model.safetensors") for folder in (tmp_path / "hf", models["untied bf16"]))
+    assert written.keys() == given.keys()
+    for name, weight in given.items():
+        assert torch.equal(written[name], OTHERWISE[how](weight).bfloat16()), name
 
 
 def test_a_checkpoint_of_another_model_is_refused(models, tmp_path):

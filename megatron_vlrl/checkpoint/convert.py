@@ -10,7 +10,7 @@ import json
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -20,12 +20,13 @@ import torch
 from safetensors import SafetensorError
 
 from megatron_vlrl.backends.layout import check_layout
-from megatron_vlrl.backends.megatron.shards import write_shards
+from megatron_vlrl.backends.megatron.shards import SHARD_SUFFIX, shard_names, write_shards
 from megatron_vlrl.backends.megatron.stored import StoredWeights
 from megatron_vlrl.backends.megatron.weights import check_complete
+from megatron_vlrl.checkpoint.beside import GrowingFiles, flushed_early
 from megatron_vlrl.checkpoint.export import copy_settings, export_hf
 from megatron_vlrl.checkpoint.files import flush, flush_folders, list_files
-from megatron_vlrl.checkpoint.manifest import Manifest, check_file, describe_file
+from megatron_vlrl.checkpoint.manifest import FileRecord, Manifest, check_file, describe_file
 from megatron_vlrl.checkpoint.state import STATE_FILE, RunState, summary
 from megatron_vlrl.errors import CheckpointError, ModelError
 from megatron_vlrl.models.hf_files import HFWeights, TensorInfo
@@ -58,11 +59,13 @@ def convert_from_hf(source: Path, out: Path, dims: ParallelDims) -> None:
     try:
         (part / SETTINGS_FOLDER).mkdir(parents=True)
         copy_settings(source, part / SETTINGS_FOLDER)
-        write_shards(part, weights, spec, dims)
+        shards = GrowingFiles([part / name for name in shard_names(dims)])
+        with flushed_early(part), shards.followed():
+            write_shards(part, weights, spec, dims)
         (part / INFOS_FILE).write_text(_infos_text(infos), encoding="utf-8")
         start = RunState(step=0, updates=0, cursor={}, algorithm={}, model=summary(spec), config={})
         (part / STATE_FILE).write_text(json.dumps(start.to_dict()), encoding="utf-8")
-        _finish(part, dims)
+        _finish(part, dims, shards.records())
         part.rename(out)  # an empty folder is replaced
         flush(out.parent)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer has RuntimeError for a full disk
@@ -74,19 +77,38 @@ def convert_from_hf(source: Path, out: Path, dims: ParallelDims) -> None:
 
 
 def convert_to_hf(checkpoint: Path, out: Path, source: Path | None = None) -> None:
-    """Write the Hugging Face folder `out` from a checkpoint's weights, once every file of it is verified.
+    """Write the Hugging Face folder `out` from a checkpoint's weights, if every file of it is verified.
 
     source: the folder that the checkpoint's run started from, for settings and dtype; None for a converted
     checkpoint, which keeps its settings and gives its weights as they are. What was in `out` is replaced at the end.
     """
-    problems = _problems(checkpoint)
-    if problems:
-        raise CheckpointError(f"{checkpoint} is damaged: {'; '.join(problems)}; nothing was written")
+    files = Manifest.read(checkpoint).files
+    shards = {name: record for name, record in files.items() if name.endswith(SHARD_SUFFIX)}
+    check = partial(check_file, checkpoint)
+    _refuse_damaged(checkpoint, [check(name, record) for name, record in files.items() if name not in shards])
     settings = checkpoint / SETTINGS_FOLDER if source is None else source
     infos = _read_infos(checkpoint / INFOS_FILE) if source is None else HFWeights(source).infos()
     spec = Qwen3VLSpec.load(settings)
     stored = StoredWeights.open(checkpoint, spec, as_stored(hf_shapes(spec), _shapes(infos)))
-    export_hf(out, settings, stored.items(), expected=infos)
+    with ThreadPoolExecutor(_HASHERS) as pool:  # beside the reading
+        checks = pool.map(check, shards.keys(), shards.values())
+        export_hf(out, settings, _verified(stored.items(), checkpoint, checks), expected=infos)
+
+
+def _verified(
+    weights: Iterator[tuple[str, torch.Tensor]], checkpoint: Path, checks: Iterable[str | None]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights; at their end, or if they cannot be read, CheckpointError if a check has found damage."""
+    try:
+        yield from weights
+    finally:
+        _refuse_damaged(checkpoint, checks)
+
+
+def _refuse_damaged(checkpoint: Path, checks: Iterable[str | None]) -> None:
+    problems = [problem for problem in checks if problem]
+    if problems:
+        raise CheckpointError(f"{checkpoint} is damaged: {'; '.join(problems)}; nothing was written")
 
 
 def _shapes(infos: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
@@ -116,19 +138,11 @@ def _check_dtype(source: Path, infos: Mapping[str, TensorInfo]) -> None:
         )
 
 
-def _finish(folder: Path, dims: ParallelDims) -> None:
-    """Flush what was written, and name it in a manifest."""
+def _finish(folder: Path, dims: ParallelDims, hashed: Mapping[Path, FileRecord]) -> None:
+    """Flush what was written, and name it in a manifest. hashed: what need not be read again for it."""
     names = list_files(folder)
     for name in names:
         flush(folder / name)
-    with ThreadPoolExecutor(_HASHERS) as pool:
-        files = dict(zip(names, pool.map(partial(describe_file, folder), names), strict=True))
+    files = {name: hashed.get(folder / name) or describe_file(folder, name) for name in names}
     Manifest(step=0, sequence=1, layout=asdict(dims), files=files).write(folder)
     flush_folders(folder)
-
-
-def _problems(checkpoint: Path) -> list[str]:
-    files = Manifest.read(checkpoint).files
-    with ThreadPoolExecutor(_HASHERS) as pool:
-        found = pool.map(partial(check_file, checkpoint), files.keys(), files.values())
-        return [problem for problem in found if problem]

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 
 from megatron_vlrl.backends.protocol import Backend
+from megatron_vlrl.checkpoint.beside import flushed_early
 from megatron_vlrl.checkpoint.files import flush, flush_folders, list_files
 from megatron_vlrl.errors import CheckpointError, ModelError, VLRLError
 from megatron_vlrl.models.hf_files import HFWeights, TensorInfo
@@ -67,7 +68,8 @@ def export_hf(
         _remove_leftovers(out)
         part.mkdir(parents=True)
         copy_settings(source, part, dtype)
-        write_safetensors(part, _checked(weights, wanted, source), wanted, shard_bytes)
+        with flushed_early(part):
+            write_safetensors(part, _checked(weights, wanted, source), wanted, shard_bytes)
         for name in list_files(part):
             flush(part / name)
         flush_folders(part)

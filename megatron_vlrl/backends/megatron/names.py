@@ -60,7 +60,7 @@ class Split:
 
     def join(self, shards: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
         """Chunks one after the other; a single one is not copied."""
-        return [torch.cat(list(shards), self.dim) if len(shards) > 1 else shards[0]]
+        return [_joined(shards, self.dim)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class QKV:
     def join(self, shards: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
         """q, k, v."""
         rows = [shape[0] // self.kv_heads for shape in shapes]
-        merged = torch.cat(list(shards)).view(self.kv_heads, sum(rows), -1)
+        merged = _joined(shards).view(self.kv_heads, sum(rows), -1)
         return [part.reshape(shape) for part, shape in zip(merged.split(rows, dim=1), shapes, strict=True)]
 
 
@@ -95,7 +95,7 @@ class FusedQKV:
 
     def join(self, shards: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
         """The fused tensor."""
-        merged = torch.cat(list(shards))
+        merged = _joined(shards)
         by_head = merged.view(self.heads, 3, -1, *merged.shape[1:])
         return [by_head.transpose(0, 1).reshape(shapes[0])]
 
@@ -106,12 +106,12 @@ class GatedMLP:
 
     def shard(self, whole: Sequence[Tensor], rank: int, size: int) -> Tensor:
         """The rank's chunk of both."""
-        return torch.cat([part.chunk(size)[rank] for part in whole])
+        return _joined([part.chunk(size)[rank] for part in whole])
 
     def join(self, shards: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
         """gate, up."""
         halves = [shard.chunk(2) for shard in shards]
-        return [torch.cat([half[index] for half in halves]) for index in (0, 1)]
+        return [_joined([half[index] for half in halves]) for index in (0, 1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +125,10 @@ class FusedGate:
     def join(self, shards: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
         """[gate; up]."""
         return [torch.cat(GatedMLP().join(shards, shapes))]
+
+
+def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return torch.cat(list(parts), dim) if len(parts) > 1 else parts[0]
 
 
 @dataclass(frozen=True, slots=True)

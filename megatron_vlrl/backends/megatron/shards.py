@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from megatron_vlrl.backends.megatron.names import EitherWay, FusedGate, GatedMLP, Layout, Rule, rules
 from megatron_vlrl.models.hf_files import HFWeights
@@ -32,6 +33,7 @@ from megatron_vlrl.models.qwen3_vl.names import hf_shapes
 from megatron_vlrl.parallel.dims import ParallelDims
 
 WEIGHTS_ONLY = "weights_only"  # among what a checkpoint's ranks have in common: no optimizer, no random state
+SHARD_SUFFIX = ".distcp"  # of the files that hold tensors
 _COMMON_FILE = "common.pt"
 _LAYERS = "language_model.decoder.layers."
 _EXPERTS = "mlp.experts.local_experts."
@@ -90,15 +92,24 @@ def stored_parameters(spec: Qwen3VLSpec) -> list[StoredParameter]:
     return found
 
 
+def shard_names(dims: ParallelDims) -> list[str]:
+    """The file of each rank, of one data rank."""
+    return [f"__{rank}_0{SHARD_SUFFIX}" for rank in range(dims.tensor * dims.expert * dims.pipeline)]
+
+
 def write_shards(folder: Path, weights: HFWeights, spec: Qwen3VLSpec, dims: ParallelDims) -> None:
     """Write the weights into the empty `folder` as the ranks of `dims` would, each its own blocks in its own file.
 
-    The weights must be complete and of one dtype. In memory: one parameter and one shard of it.
+    The weights must be complete and of one dtype. In memory: one parameter and one shard of it. The files of
+    `shard_names` are only appended to.
     """
     entries: dict[str, TensorStorageMetadata] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
     with ExitStack() as stack:
-        names = [f"__{rank}_0.distcp" for rank in range(dims.tensor * dims.expert * dims.pipeline)]
+        # torch never looks at these sums when it loads, and the checkpoint's manifest has better ones.
+        stack.callback(set_crc32_options, get_crc32_options())
+        set_crc32_options(False)
+        names = shard_names(dims)
         files = [stack.enter_context((folder / name).open("wb")) for name in names]
         for parameter in stored_parameters(spec):
             first = _first_rank(parameter, spec, dims)
@@ -127,19 +138,23 @@ def _blocks(parameter: StoredParameter, weights: HFWeights, ranks: int) -> Itera
     """(tensor rank, offset in the whole parameter, block) of everything that is stored, one copy of what is equal."""
     whole = parameter.rule.read(weights)
     for rank in range(ranks):
-        local = parameter.rule.layout.shard(whole, rank, ranks)
-        if rank and local.shape == parameter.shape:
+        parts = _parts(parameter.rule.layout, whole, rank, ranks)
+        shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
+        if rank and shape == parameter.shape:
             return  # the same on every rank
-        cut = [rank * mine if mine < all_ else 0 for mine, all_ in zip(local.shape, parameter.shape, strict=True)]
-        # Gate and up lie one after the other, each cut over the ranks.
-        parts = local.chunk(2) if _is_gated(parameter.rule.layout) else (local,)
+        cut = [rank * mine if mine < all_ else 0 for mine, all_ in zip(shape, parameter.shape, strict=True)]
         for number, part in enumerate(parts):
             inner = (number * (parameter.shape[0] // len(parts)) + cut[0] // len(parts), *cut[1:])
             yield rank, inner, part.contiguous()
 
 
-def _is_gated(layout: Layout) -> bool:
-    return isinstance(layout.inside if isinstance(layout, EitherWay) else layout, GatedMLP | FusedGate)
+def _parts(layout: Layout, whole: Sequence[Tensor], rank: int, ranks: int) -> Sequence[Tensor]:
+    """A rank's shard: one block, or gate and up, which lie one after the other, each cut over the ranks."""
+    if isinstance(layout, GatedMLP):
+        return [layout.shard([part], rank, ranks) for part in whole]  # not joined first, only to be cut again
+    local = layout.shard(whole, rank, ranks)
+    gated = isinstance(layout.inside if isinstance(layout, EitherWay) else layout, FusedGate)
+    return local.chunk(2) if gated else [local]
 
 
 def _first_rank(parameter: StoredParameter, spec: Qwen3VLSpec, dims: ParallelDims) -> int:

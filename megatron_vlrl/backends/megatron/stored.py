@@ -69,11 +69,17 @@ class StoredWeights:
         return cls(folder, shapes, parameters, tensors, metadata.storage_data)
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, whole tensor); the experts of a layer are put together one by one."""
+        """(Hugging Face name, whole tensor, whose memory the next one may take).
+
+        The experts of a layer are put together one by one.
+        """
         chunks = self._chunks()
+        memory = torch.empty(
+            max(map(self._bytes, self.parameters)), dtype=torch.uint8
+        )  # as long as needed, asked for once
         rules = (parameter.rule for parameter in self.parameters)
         joined = (
-            parameter.rule.layout.join([self._read(parameter, chunks)], parameter.rule.shapes(self.shapes))
+            parameter.rule.layout.join([self._read(parameter, chunks, memory)], parameter.rule.shapes(self.shapes))
             for parameter in self.parameters
         )
         return by_hf_name(zip(rules, joined, strict=True), self.shapes)
@@ -87,26 +93,46 @@ class StoredWeights:
                 found.setdefault((key, tuple(chunk.offsets[: leading[key]])), []).append(chunk)
         return found
 
+    def _dtype(self, parameter: StoredParameter) -> torch.dtype:
+        return self.tensors[parameter.key].properties.dtype
+
+    def _bytes(self, parameter: StoredParameter) -> int:
+        return torch.Size(parameter.shape).numel() * self._dtype(parameter).itemsize
+
     def _read(
-        self, parameter: StoredParameter, chunks: Mapping[tuple[str, Shape], Sequence[ChunkStorageMetadata]]
+        self,
+        parameter: StoredParameter,
+        chunks: Mapping[tuple[str, Shape], Sequence[ChunkStorageMetadata]],
+        memory: Tensor,
     ) -> Tensor:
-        """The whole parameter, put together from its blocks."""
-        whole = torch.empty(parameter.shape, dtype=self.tensors[parameter.key].properties.dtype)
+        """The whole parameter, put together from its blocks in `memory`."""
+        whole = memory[: self._bytes(parameter)].view(self._dtype(parameter)).view(parameter.shape)
         covered = 0
         for chunk in chunks.get((parameter.key, parameter.index), ()):
-            begin = chunk.offsets[len(parameter.index) :]
-            block = self._block(self.places[MetadataIndex(parameter.key, chunk.offsets)])
-            block = block.view(chunk.sizes[len(parameter.index) :])
-            whole[tuple(slice(b, b + n) for b, n in zip(begin, block.shape, strict=True))] = block
-            covered += block.numel()
+            begin, size = (numbers[len(parameter.index) :] for numbers in (chunk.offsets, chunk.sizes))
+            target = whole[tuple(slice(b, b + n) for b, n in zip(begin, size, strict=True))]
+            self._fill(target, self.places[MetadataIndex(parameter.key, chunk.offsets)])
+            covered += target.numel()
         if covered != whole.numel():
             raise CheckpointError(f"{self.folder} holds {covered} of {whole.numel()} numbers of {parameter.rule.local}")
         return whole
 
-    def _block(self, place: _StorageInfo) -> Tensor:
+    def _fill(self, target: Tensor, place: _StorageInfo) -> None:
+        """Read a block, straight to where it belongs if its bytes lie there as they do in the file."""
         with (self.folder / place.relative_path).open("rb") as file:
-            block: Tensor = torch.load(cast(BinaryIO, _Part(file, place)), map_location="cpu", weights_only=True)
-        return block
+            part = _Part(file, place)
+            block: Tensor = torch.load(cast(BinaryIO, part), map_location="meta", weights_only=True)
+            memory = block.untyped_storage()
+            start = memory._checkpoint_offset
+            alike = block.dtype == target.dtype and block.numel() == target.numel()
+            whole = memory.nbytes() == target.nbytes and block.is_contiguous() and target.is_contiguous()
+            if start is not None and alike and whole:
+                part.seek(start)
+                if part.readinto(target.view(-1).view(torch.uint8).numpy()) != target.nbytes:
+                    raise CheckpointError(f"{self.folder / place.relative_path} ends within a tensor")
+            else:
+                part.seek(0)
+                target.copy_(torch.load(cast(BinaryIO, part), map_location="cpu", weights_only=True).view(target.shape))
 
 
 class _Part(io.RawIOBase):
