@@ -16,16 +16,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_vlrl.algorithms import advantages
 from megatron_vlrl.backends.protocol import Backend, OptimizerStep, UpdateResult
-from megatron_vlrl.config.schema import AlgorithmConfig, EntropyConfig
+from megatron_vlrl.config.schema import AlgorithmConfig, Config, EntropyConfig, TrainConfig
 from megatron_vlrl.models.qwen3_vl.config import Qwen3VLSpec
 from megatron_vlrl.models.qwen3_vl.cost import unit_costs
 from megatron_vlrl.packing import group_cost
-from megatron_vlrl.train.exchange import share_out
-from megatron_vlrl.train.minibatches import Minibatch, TrainGroup, assign, make_minibatches, trains
-from megatron_vlrl.train.rewards import Rewards, gather_table, score_groups
-from megatron_vlrl.train.statistics import table_means, update_means
+from megatron_vlrl.train.divide import divide
+from megatron_vlrl.train.estimate import estimate
+from megatron_vlrl.train.minibatches import TrainGroup
+from megatron_vlrl.train.rewards import gather_table, score_groups
+from megatron_vlrl.train.statistics import step_means, step_scalars
 from megatron_vlrl.train.update import Updater
 from megatron_vlrl.types import RewardBreakdown, RewardFailure, RolloutGroup, StepStats
 from tests.reference import hf_scores, make_groups, renderer_and_sampling
@@ -46,7 +46,7 @@ REWARDS = [
     [NAN, 0.4],
     [0.7, 0.1],
 ]
-MINIBATCHES, KEY = 2, (0, 0)
+MINIBATCHES = 2
 COEFFICIENT = 0.1
 FILE = "rl_step.pkl"
 
@@ -77,7 +77,7 @@ def write_answers(folder: Path) -> None:
     (folder / FILE).write_bytes(pickle.dumps(Answers(groups, bands | {"absent": (0.1, 0.2)})))
 
 
-def canned_rewards(group: RolloutGroup) -> Rewards:
+def canned_rewards(group: RolloutGroup) -> tuple[RewardBreakdown, ...]:
     """Accuracy and format, or a failure that knows the format alone."""
     return tuple(
         RewardBreakdown(
@@ -101,24 +101,18 @@ def rl_step(backend: Backend, folder: Path, step: OptimizerStep, *, microbatch_t
     """A step as the loop takes it once the answers are there. single: a row for each response."""
     answers: Answers = pickle.loads((folder / FILE).read_bytes())
     algorithm = AlgorithmConfig(entropy=EntropyConfig(coefficient=COEFFICIENT, bands=answers.bands))
+    settings = Config(algorithm=algorithm, train=TrainConfig(minibatches=MINIBATCHES))
     data, cost = backend.groups.data, partial(group_cost, unit=unit_costs(Qwen3VLSpec.load(folder)))
-    groups = answers.groups[data.rank :: data.size]
-    rewards = score_groups(groups, canned_rewards, backend.groups.model)
-    table = gather_table(groups, rewards, data, TASKS)
-    result = advantages(table.total, table.task, table.position, algorithm.advantage.kind, table.components)
-    rows = trains(table, result, every_token=True)
-    chosen = assign(table, rows, MINIBATCHES, KEY)
-    shares = share_out(groups, chosen, cost, data)
-    aggregation = algorithm.loss.aggregation
-    parts = make_minibatches(shares.groups, table, result, active=rows, chosen=chosen, aggregation=aggregation)
-    updater = Updater(
-        backend=backend, algorithm=algorithm, task_names=TASKS, microbatch_tokens=microbatch_tokens, cost=cost
-    )
-    updates = [updater.update(updater.pack(_members(part, single)), step) for part in parts]
+    scored = score_groups(answers.groups[data.rank :: data.size], canned_rewards, backend.groups.model)
+    table = gather_table(scored, data, TASKS)
+    result = estimate(table, algorithm.advantage, {})
+    division = divide(scored, table, result, settings, step=0, cost=cost, data=data)
+    updater = Updater(backend=backend, task_names=TASKS, microbatch_tokens=microbatch_tokens, cost=cost)
+    members = [_members(update, single) for update in division.updates]
+    updates = [updater.update(batches, algorithm, step) for batches in updater.prepare(members, algorithm, version=0)]
     _check_sides(updates, answers.bands)
-    means = table_means(table, result) | update_means(updates, TASKS)
-    counts = {"updates": float(sum(update.skipped is None for update in updates))}
-    scalars = counts | shares.scalars() | {"mismatch_max": updates[0].maxima["drift"]}
+    means = step_means([table], table, result, updates, settings.reward)
+    scalars = division.shares.scalars() | step_scalars(table, result, updates)
     shaping = COEFFICIENT * sum(means[f"entropy/{task}"].value for task in ("above", "below"))
     return Measured(
         stats=StepStats(step=1, means=means, scalars=scalars, seconds={}),
@@ -126,20 +120,20 @@ def rl_step(backend: Backend, folder: Path, step: OptimizerStep, *, microbatch_t
     )
 
 
-def _members(part: Minibatch, single: bool) -> list[TrainGroup]:
-    return [one for member in part.groups for one in (one_each(member) if single else [member])]
+def _members(update: Sequence[TrainGroup], single: bool) -> list[TrainGroup]:
+    return [one for member in update for one in (one_each(member) if single else [member])]
 
 
 def _check_sides(updates: Sequence[UpdateResult], bands: Mapping[str, tuple[float, float]]) -> None:
     """The step is worth comparing: at each of its updates a task lies above its band, one inside and one below."""
     for update in updates:
-        above, inside, below = (update.sums[f"entropy/{task}"] / update.sums[f"tokens/{task}"] for task in TASKS[:3])
+        above, inside, below = (update.sums["entropy"] / update.sums["tokens"])[:3]
         assert above > bands["above"][1]
         assert bands["inside"][0] < inside < bands["inside"][1]
         assert below < bands["below"][0]
 
 
-def greatest_error(got: Measured, alone: Measured, data: int) -> float:
+def metric_errors(got: Measured, alone: Measured, data: int) -> dict[str, float]:
     """Of all means and scalars, relative to those of one process; their names and the means' counts are equal.
 
     How even the work of the `data` ranks is may differ: of that it is only asked that groups travelled. The loss is a
@@ -153,11 +147,11 @@ def greatest_error(got: Measured, alone: Measured, data: int) -> float:
     ours, theirs = ({k: v for k, v in m.stats.flat().items() if not k.startswith("balance/")} for m in (got, alone))
     assert set(ours) == set(theirs)
     sizes = {name: abs(value) for name, value in theirs.items()} | {"loss": alone.loss_size}
-    return max(_relative(ours[name], theirs[name], sizes[name]) for name in theirs)
+    return {name: _relative(ours[name], theirs[name], sizes[name]) for name in theirs}
 
 
 def _relative(got: float, expected: float, size: float) -> float:
-    """0 for equal values, also where the size is 0; infinite for others of size 0."""
+    """0 for equal values, also where the size is 0; infinite for others of size 0 and for what is not finite."""
     if got == expected:
         return 0.0
-    return abs(got - expected) / size if size else math.inf
+    return abs(got - expected) / size if size and math.isfinite(got - expected) else math.inf
