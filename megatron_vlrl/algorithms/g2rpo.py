@@ -101,7 +101,9 @@ def _rank_over_tasks(scores: Floats, task_ids: Ints, ranked: Bools, tie_tol: flo
     """The second stage, in place: normal scores of each task's ranked scores, if it has `min_task_n` or more."""
     tasks = sort_blocks(scores, task_ids, ascending(scores, ranked))
     again = gaussian_ranks(tasks, tasks.fresh(tie_tol))
-    scores[tasks.order] = np.where(tasks.rows(tasks.sizes < min_task_n), tasks.values, again)
+    if min_task_n:
+        again = np.where(tasks.rows(tasks.sizes < min_task_n), tasks.values, again)
+    scores[tasks.order] = again
 
 
 def _divide_by_std(scores: Floats, task_ids: Ints, ranked: Bools) -> None:
