@@ -10,11 +10,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from megatron_vlrl.config.yaml_format import read_yaml
 from megatron_vlrl.observe import jsonl
 from megatron_vlrl.observe.metrics import read_metrics
 from megatron_vlrl.observe.page import document, escape, inline_image, row, section, table
+from megatron_vlrl.observe.picture import HEADINGS as PICTURE
+from megatron_vlrl.observe.picture import picture
 from megatron_vlrl.observe.records import read_evaluations, read_rollouts
-from megatron_vlrl.observe.summary import HEADINGS, cells, summarize, task_names
+from megatron_vlrl.observe.summary import HEADINGS, WINDOW, cells, summarize, task_names
 from megatron_vlrl.observe.svg import Series, line_chart, short_number
 
 REPORT_FILE = "report.html"
@@ -38,7 +41,7 @@ def write_report(folder: Path) -> Path:
     parts = [
         _header(folder.resolve().name, metrics),
         section("learned", "What was learned", _learned(metrics, evaluations)),
-        section("tasks", "Tasks", _task_charts(metrics, evaluations)),
+        section("tasks", "Tasks", _tasks(metrics, evaluations, folder / CONFIG_FILE)),
         section("curves", "Training", _training_charts(metrics)),
         section("rollouts", "Rollouts", _rollouts(folder, read_rollouts(folder))),
         section("settings", "Settings", _settings(folder / CONFIG_FILE)),
@@ -74,6 +77,15 @@ def _learned(metrics: Sequence[Record], evaluations: Sequence[Record]) -> str:
 
 def _curve(metrics: Sequence[Record], key: str, name: str) -> Series:
     return Series(name=name, points=[(record["step"], record.get(key)) for record in metrics])
+
+
+def _tasks(metrics: Sequence[Record], evaluations: Sequence[Record], config: Path) -> str:
+    settings = (read_yaml(config.read_text(encoding="utf-8")) if config.is_file() else None) or {}
+    cells = picture(metrics, task_names(metrics, evaluations), settings)
+    note = f"Over the last {min(WINDOW, len(metrics))} steps."
+    rows = "".join(row(one) for one in cells)
+    shown = f'<div class="card">{table(PICTURE, [rows])}</div><p class="muted">{note}</p>' if metrics else ""
+    return shown + _task_charts(metrics, evaluations)
 
 
 def _task_charts(metrics: Sequence[Record], evaluations: Sequence[Record]) -> str:
