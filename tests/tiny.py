@@ -139,6 +139,14 @@ def make_tiny(
     config = tiny_config(
         tokenizer, tied=tied, layers=layers, vision_depth=vision_depth, deepstack=deepstack, moe=moe, heads=heads
     )
+    return write_tiny(folder, config, tokenizer, seed=seed)
+
+
+def write_tiny(
+    folder: Path, config: Qwen3VLConfig | Qwen3VLMoeConfig, tokenizer: PreTrainedTokenizerFast, *, seed: int = 0
+) -> Path:
+    """Write a model of `config` as `make_tiny` does."""
+    moe = config.model_type == "qwen3_vl_moe"
     model = _moe_model(config, tokenizer) if moe else random_model(config, tokenizer, seed)
     _roughen(model, seed)
     make_processor(tokenizer).save_pretrained(folder)

