@@ -32,7 +32,8 @@ LAYOUTS = {"tensor=2": 2, "data=2": 2}
 
 
 def config_of(folder: Path, inputs: Inputs) -> Path:  # noqa: F811
-    """Entropy shaping and the length reward on, two updates a step, a checkpoint and an evaluation on the way."""
+    """Entropy shaping, the length reward and schedules on, two updates a step, a checkpoint and an evaluation on the
+    way."""
     return write_config(
         folder / "run.yaml",
         inputs,
@@ -49,6 +50,10 @@ def config_of(folder: Path, inputs: Inputs) -> Path:  # noqa: F811
         train={"steps": STEPS, "minibatches": MINIBATCHES},
         checkpoint={"every": 1, "keep": 3},
         evaluate={"data": str(inputs.heldout), "per_task": 2, "every": 2, "temperature": 1.0},
+        schedules={
+            "rollout.temperature": {"kind": "linear", "start": 1.5, "end": 0.5},
+            "optimizer.weight_decay": {"kind": "piecewise", "points": [[2, 0.0], [4, 0.2]]},
+        },
     )
 
 
@@ -117,6 +122,10 @@ def test_a_killed_run_ends_as_if_it_never_was(killed, layout, tmp_path):
     assert [step["step"] for step in records(whole / "run")] == list(range(1, STEPS + 1))
     assert [item["step"] for item in records(whole / "run", "evaluation.jsonl")] == [0, 2, 4, 5]
     assert all(step["updates"] == MINIBATCHES * step["step"] for step in records(whole / "run"))
+    temperatures = [step["schedule/rollout.temperature"] for step in records(whole / "run")]
+    assert temperatures == pytest.approx([1.5, 1.3, 1.1, 0.9, 0.7])
+    # The trainer's log-probs are of the temperature that the sampler had.
+    assert all(step["mismatch_max"] < 1e-4 for step in records(whole / "run"))
 
 
 @pytest.mark.slow
