@@ -24,13 +24,12 @@ from megatron_vlrl.config.load import dump
 from megatron_vlrl.config.schema import Config
 from megatron_vlrl.data.loader import PromptLoader, check_bad_samples
 from megatron_vlrl.data.stream import SampleStream
-from megatron_vlrl.models.qwen3_vl.cost import unit_costs
+from megatron_vlrl.models.qwen3_vl.cost import group_cost, unit_costs
 from megatron_vlrl.models.qwen3_vl.render import Renderer
 from megatron_vlrl.observe.clock import Clock
 from megatron_vlrl.observe.recorder import Recorder
 from megatron_vlrl.observe.report import write_report
 from megatron_vlrl.observe.summary import summary_table
-from megatron_vlrl.packing import group_cost
 from megatron_vlrl.parallel.collectives import barrier, union_over
 from megatron_vlrl.rollout.buffer import GroupBuffer, Intake
 from megatron_vlrl.rollout.distribute import generate_groups

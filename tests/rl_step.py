@@ -19,8 +19,7 @@ import torch
 from megatron_vlrl.backends.protocol import Backend, OptimizerStep, UpdateResult
 from megatron_vlrl.config.schema import AlgorithmConfig, Config, EntropyConfig, TrainConfig
 from megatron_vlrl.models.qwen3_vl.config import Qwen3VLSpec
-from megatron_vlrl.models.qwen3_vl.cost import unit_costs
-from megatron_vlrl.packing import group_cost
+from megatron_vlrl.models.qwen3_vl.cost import group_cost, unit_costs
 from megatron_vlrl.train.divide import divide
 from megatron_vlrl.train.estimate import estimate
 from megatron_vlrl.train.minibatches import TrainGroup

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vlrl.models.qwen3_vl.cost import unit_costs
+from megatron_vlrl.models.qwen3_vl.cost import UnitCosts, group_cost, unit_costs
 from megatron_vlrl.models.qwen3_vl.sizes import SIZES, parameter_counts
-from megatron_vlrl.packing.balance import THRESHOLD, UnitCosts, cut, group_cost, loads, longest_first, rebalance
+from megatron_vlrl.packing.balance import THRESHOLD, cut, loads, longest_first, rebalance
 from tests.groups import make_group
 
 NOTHING = UnitCosts(token=0, pair=0, logit=0, patch=0, patch_pair=0)

@@ -16,8 +16,8 @@ import torch
 from megatron_vlrl.algorithms import advantages
 from megatron_vlrl.config.schema import AlgorithmConfig, LossConfig
 from megatron_vlrl.models.qwen3_vl.config import Qwen3VLSpec
-from megatron_vlrl.models.qwen3_vl.cost import unit_costs
-from megatron_vlrl.packing import group_cost, packed_tokens
+from megatron_vlrl.models.qwen3_vl.cost import group_cost, unit_costs
+from megatron_vlrl.packing import packed_tokens
 from megatron_vlrl.parallel.collectives import exchange_objects, world_group
 from megatron_vlrl.parallel.groups import Group
 from megatron_vlrl.train.exchange import share_out

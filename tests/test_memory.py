@@ -59,63 +59,111 @@ def microbatch(renderer: Any, lengths: list[int], count: int, multiple: int) -> 
     return batch.with_targets(targets), row
 
 
-def measure(folder: Path, parallel: dict[str, Any], dtype: str, lengths: list[int], count: int) -> tuple[float, float]:
-    """(bytes that autograd held at its peak in a real step of this rank, bytes as planned)."""
+def build(folder: Path, parallel: dict[str, Any], dtype: str) -> Any:
+    """A backend of these settings."""
     from megatron_vlrl.backends import build_backend
 
-    renderer, sampling = renderer_and_sampling(folder)
+    _, sampling = renderer_and_sampling(folder)
     options = backend_options(folder, sampling, **parallel)
-    backend = build_backend(replace(options, model=replace(options.model, dtype=dtype)))
+    return build_backend(replace(options, model=replace(options.model, dtype=dtype)))
+
+
+def quiet_loss(batch: Microbatch, log_probs: torch.Tensor, entropies: torch.Tensor) -> Any:
+    """`token_loss` whose report keeps no graph alive."""
+    loss, report = token_loss(batch, log_probs, entropies)
+    return loss, replace(report, maxima={name: value.detach() for name, value in report.maxima.items()})
+
+
+def full_pipeline(backend: Any, folder: Path, shape: str) -> tuple[list[Microbatch], Row]:
+    """As many rows as fill the pipeline, sharing nothing, and the plan's word for one of them."""
+    renderer, _ = renderer_and_sampling(folder)
     dims = backend.groups.dims
-    batch, row = microbatch(renderer, lengths, count, dims.tensor)
+    count = 2 * dims.pipeline if dims.virtual > 1 else dims.pipeline
+    rows = [microbatch(renderer, *SHAPES[shape], dims.tensor) for _ in range(count)]
+    batch, row = rows[0]
     assert 0 <= len(batch.input_ids) - row.tokens < dims.tensor
     assert len(batch.logit_rows) == row.logit_rows
-    # A full pipeline, of rows that share nothing.
-    batches = [batch, *(microbatch(renderer, lengths, count, dims.tensor)[0] for _ in range(dims.pipeline - 1))]
-    backend.train_step(batches, token_loss, at_rate(0.0))
-    with saved_bytes(parameter for chunk in backend.chunks for parameter in chunk.parameters()) as account:
-        backend.train_step(batches, token_loss, at_rate(0.0))
-    planned = stage_activations(
+    return [batch for batch, _ in rows], row
+
+
+def planned_bytes(backend: Any, row: Row, parallel: dict[str, Any], dtype: str) -> dict[str, float]:
+    return stage_activations(
         backend.spec,
         row,
-        dims,
+        backend.groups.dims,
         WIDTHS[dtype],
         stage=backend.groups.pipeline.rank,
         recompute=parallel.get("recompute", "none"),
         recompute_vision=parallel.get("recompute_vision", False),
     )
+
+
+def measure(folder: Path, parallel: dict[str, Any], dtype: str, shape: str) -> tuple[float, float]:
+    """(bytes that autograd held at its peak in a real step of this rank, bytes as planned)."""
+    backend = build(folder, parallel, dtype)
+    batches, row = full_pipeline(backend, folder, shape)
+    backend.train_step(batches, quiet_loss, at_rate(0.0))
+    with saved_bytes(parameter for chunk in backend.chunks for parameter in chunk.parameters()) as account:
+        backend.train_step(batches, quiet_loss, at_rate(0.0))
+    planned = planned_bytes(backend, row, parallel, dtype)
+    backend.close()
+    return account.peak, planned["text"] + planned["vision"]
+
+
+def live(folder: Path, parallel: dict[str, Any], dtype: str, shape: str) -> tuple[float, float]:
+    """(peak of all that a step of this rank makes, activations as planned, the pipeline's borders among them)."""
+    backend = build(folder, parallel, dtype)
+    batches, row = full_pipeline(backend, folder, shape)
+    backend.train_step(batches, quiet_loss, at_rate(0.0))
+    weights = list(backend.weights.parameters.values())
+    moments = [
+        value
+        for part in getattr(backend.optimizer, "chained_optimizers", [backend.optimizer])
+        for state in part.optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    ]
+    with LiveBytes([*weights, *(weight.main_grad for weight in weights), *moments]) as account:
+        backend.train_step(batches, quiet_loss, at_rate(0.0))
+    planned = planned_bytes(backend, row, parallel, dtype)
     backend.close()
     return account.peak, sum(planned.values())
 
 
-SHAPES = {"short": ([11, 11], 1), "long": ([40] * 4, 2)}
+SHAPES = {"short": ([11, 11], 1), "two": ([11, 11], 2), "long": ([40] * 4, 2)}
 MODES = ("none", "selective", "full")
 Case = tuple[dict[str, Any], str, str]
 ONE_RANK: list[Case] = [
-    *(({"recompute": mode}, "float32", shape) for mode in MODES for shape in SHAPES),
+    *(({"recompute": mode}, "float32", shape) for mode in MODES for shape in ("short", "long")),
     *(({"recompute": mode}, "bfloat16", "long") for mode in MODES),
 ]
+TENSOR: list[Case] = [({"tensor": 2}, "float32", "long"), ({"tensor": 2}, "bfloat16", "long")]
+INTERLEAVED: list[Case] = [
+    ({"pipeline": 2, "virtual_pipeline": 2}, "float32", "long"),
+    ({"pipeline": 2, "virtual_pipeline": 2, "recompute": "full"}, "bfloat16", "long"),
+]
 TWO_RANKS: list[Case] = [
-    ({"tensor": 2}, "float32", "long"),
-    ({"tensor": 2}, "bfloat16", "long"),
+    *TENSOR,
     ({"tensor": 2, "sequence": False}, "float32", "long"),
     ({"pipeline": 2}, "float32", "long"),
     ({"pipeline": 2, "recompute": "full"}, "float32", "long"),
+    *INTERLEAVED,
 ]
 
 
-def measure_all(folder: Path, cases: list[Case]) -> list[tuple[float, float]]:
-    """`measure` of each case: processes are started once."""
-    return [measure(folder, parallel, dtype, *SHAPES[shape]) for parallel, dtype, shape in cases]
+def of_all(function: Any, folder: Path, cases: list[Case]) -> list[tuple[float, float]]:
+    """`measure` or `live` of each case: processes are started once."""
+    return [function(folder, *case) for case in cases]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "ranks", "cases"),
-    [("dense", 1, ONE_RANK), ("moe", 1, ONE_RANK), ("dense", 2, TWO_RANKS), ("moe", 2, TWO_RANKS[:2])],
+    [("dense", 1, ONE_RANK), ("moe", 1, ONE_RANK), ("dense", 2, TWO_RANKS), ("moe", 2, [*TENSOR, *INTERLEAVED])],
     ids=["dense", "moe", "dense on two ranks", "moe on two ranks"],
 )
 def test_activations(kind: str, ranks: int, cases: list[Case], folders: dict[str, Path]) -> None:
-    results = run_ranks(measure_all, ranks, folders[kind], cases)
+    results = run_ranks(of_all, ranks, measure, folders[kind], cases)
     wrong = {}
     for rank, result in enumerate(results):
         for (parallel, dtype, shape), (measured, planned) in zip(cases, result, strict=True):
@@ -126,41 +174,30 @@ def test_activations(kind: str, ranks: int, cases: list[Case], folders: dict[str
     assert wrong == {}
 
 
-def live_and_planned(folder: Path) -> list[tuple[float, float]]:
-    """(peak of all that a step makes, activations as planned), without and with recompute of the vision tower."""
-    from megatron_vlrl.backends import build_backend
-
-    renderer, sampling = renderer_and_sampling(folder)
-    results = []
-    for recompute in (False, True):
-        backend = build_backend(backend_options(folder, sampling, recompute_vision=recompute))
-        batch, row = microbatch(renderer, [11, 11], 2, 1)
-        backend.train_step([batch], token_loss, at_rate(0.0))
-        weights = list(backend.weights.parameters.values())
-        moments = [
-            value
-            for part in getattr(backend.optimizer, "chained_optimizers", [backend.optimizer])
-            for state in part.optimizer.state.values()
-            for value in state.values()
-            if isinstance(value, torch.Tensor)
-        ]
-        with LiveBytes([*weights, *(weight.main_grad for weight in weights), *moments]) as live:
-            backend.train_step([batch], token_loss, at_rate(0.0))
-        planned = stage_activations(
-            backend.spec, row, backend.groups.dims, 4, stage=0, recompute="none", recompute_vision=recompute
-        )
-        results.append((live.peak, sum(planned.values())))
-        backend.close()
-    return results
-
-
+@pytest.mark.slow
 def test_vision_recompute_saves_what_is_planned(folders: dict[str, Path]) -> None:
     """Its checkpoints keep their inputs out of sight of autograd's hooks: all live tensors are compared instead."""
-    [[(live, planned), (live_again, planned_again)]] = run_ranks(live_and_planned, 1, folders["dense"])
-    print(f"live {live} and {live_again} bytes, planned {planned} and {planned_again}")
-    assert planned - planned_again == pytest.approx(live - live_again, rel=0.1)
+    cases: list[Case] = [({"recompute_vision": recompute}, "float32", "two") for recompute in (False, True)]
+    [[(alive, planned), (alive_again, planned_again)]] = run_ranks(of_all, 1, live, folders["dense"], cases)
+    print(f"live {alive} and {alive_again} bytes, planned {planned} and {planned_again}")
+    assert planned - planned_again == pytest.approx(alive - alive_again, rel=0.1)
     # The row's patches are planned but were made before; temporary tensors were made but not planned.
-    assert planned_again == pytest.approx(live_again, rel=0.1)
+    assert planned_again == pytest.approx(alive_again, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_interleaved_stages_hold_what_they_hand_each_other(kind: str, folders: dict[str, Path]) -> None:
+    """Out of sight of autograd's hooks too. Of the first rank, as the last one's head makes large temporary tensors."""
+    interleaved = {"pipeline": 2, "virtual_pipeline": 2}
+    cases: list[Case] = [
+        (interleaved, "bfloat16", "long"),
+        (interleaved | {"recompute": "selective"}, "bfloat16", "long"),
+        (interleaved | {"recompute": "full"}, "float32", "long"),
+    ]
+    first, _ = run_ranks(of_all, 2, live, folders[kind], cases)
+    print([planned / alive for alive, planned in first])
+    assert [planned for _, planned in first] == [pytest.approx(alive, rel=0.1) for alive, _ in first]
 
 
 def held(folder: Path, parallel: dict[str, Any], dtype: str, distributed: bool) -> dict[str, tuple[float, float]]:
@@ -217,6 +254,7 @@ STATES: dict[tuple[str, int], list[tuple[dict[str, Any], str, bool]]] = {
     ("dense", 2): [
         ({"tensor": 2}, "float32", False),
         ({"pipeline": 2}, "bfloat16", False),
+        ({"pipeline": 2, "virtual_pipeline": 2}, "float32", False),
         ({"data": 2}, "float32", True),
         ({"data": 2}, "bfloat16", True),
     ],
@@ -233,6 +271,7 @@ def hold_all(folder: Path, cases: list[Any]) -> list[dict[str, tuple[float, floa
     return [held(folder, *case) for case in cases]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "ranks"), STATES)
 def test_weights_gradients_optimizer_and_reference(kind: str, ranks: int, folders: dict[str, Path]) -> None:
     cases = STATES[kind, ranks]
@@ -259,6 +298,36 @@ def test_row_takes_whole_groups() -> None:
     row = Row.fill(8192, prompt=1024, image=0, responses=8, response=256)
     assert (row.prompts, row.tokens, row.logit_rows) == (2, 6144, 2 * (1 + 8 * 255))
     assert Row.fill(100, prompt=1024, image=0, responses=8, response=256).prompts == 1
+
+
+def test_interleaving_keeps_more_of_the_same_layers() -> None:
+    """Of P rows' layers, P + (P - 1) / V rows' on the first rank; the tower in its first chunk up to 2 P rows'."""
+    row = Row(prompts=1, prompt=64, image=16, responses=4, response=32)
+    plain, interleaved = (
+        stage_activations(
+            SPEC,
+            row,
+            ParallelDims(pipeline=2, virtual=virtual),
+            4,
+            stage=0,
+            recompute="none",
+            recompute_vision=False,
+            microbatches=microbatches,
+        )
+        for virtual, microbatches in ((1, 8), (2, 8))
+    )
+    assert interleaved["text"] / plain["text"] == pytest.approx((2 + 1 / 2) / 2)
+    assert interleaved["vision"] == 2 * plain["vision"]
+    assert interleaved["borders"] > plain["borders"] > 0
+
+
+@pytest.mark.parametrize("virtual", [1, 2])
+def test_few_microbatches_keep_less(virtual: int) -> None:
+    row = Row(prompts=1, prompt=64, image=16, responses=4, response=32)
+    dims = ParallelDims(pipeline=2, virtual=virtual)
+    total = [fullest_rank(SPEC, dims, row, Training(), microbatches).total for microbatches in (1, 2, 4, 100)]
+    assert total == sorted(total)
+    assert total[0] < total[-1] == total[-2] == fullest_rank(SPEC, dims, row, Training()).total
 
 
 def test_first_stage_keeps_the_most_rows() -> None:

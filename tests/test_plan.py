@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_vlrl.backends.devices import DEVICES, Device, parse_devices
+from megatron_vlrl.backends.layout import check_layout
 from megatron_vlrl.backends.memory import Training
-from megatron_vlrl.backends.plan import GIB, USABLE, Plan, Work, make_plan
+from megatron_vlrl.backends.plan import GIB, USABLE, Layout, Plan, Work, make_plan
 from megatron_vlrl.cli import main
 from megatron_vlrl.config.load import keys
 from megatron_vlrl.errors import ConfigError
 from megatron_vlrl.models.qwen3_vl.config import Qwen3VLSpec
+from megatron_vlrl.models.qwen3_vl.cost import group_cost, unit_costs
 from megatron_vlrl.models.qwen3_vl.sizes import SIZES, parameter_counts
+from tests.groups import make_group
 from tests.spec import SPEC
 from tests.tiny import make_tiny
 from tools.pages import code_block, replace_parts
@@ -79,15 +83,90 @@ def test_replicas_come_before_cutting_where_all_fits() -> None:
     assert found.layouts[0].reasons == ()
 
 
+def layout_of(found: Plan, tensor: int, pipeline: int) -> Layout:
+    [layout] = [each for each in found.layouts if (each.dims.tensor, each.dims.pipeline) == (tensor, pipeline)]
+    return layout
+
+
+# Of 64 prompt tokens, 64 patches (16 tokens) and 4 answers of 32 tokens: the group that TINY is made of.
+UNIT = unit_costs(SPEC)
+GROUP = make_group(0, [32] * 4, prompt=64, grids=[8])
+TOTAL = group_cost(GROUP, UNIT)
+VISION = group_cost(GROUP, replace(UNIT, token=0, pair=0, logit=0))
+HEAD = group_cost(GROUP, replace(UNIT, token=0, pair=0, patch=0, patch_pair=0))
+ATTENTION = group_cost(GROUP, replace(UNIT, token=0, logit=0, patch=0, patch_pair=0))
+
+
 def test_costs_are_named() -> None:
-    reasons = {
-        (layout.dims.tensor, layout.dims.pipeline): layout.reasons
-        for layout in make_plan(SPEC, 4, of_memory(80), replace(TINY, prompts=8, budget=1), Training()).layouts
-    }
-    assert reasons[2, 1] == ("tensor x1.05",)
-    assert reasons[1, 2] == ("bubble x1.25",)  # 4 microbatches of a replica, 1 more to fill the pipeline
+    found = make_plan(SPEC, 4, of_memory(80), replace(TINY, budget=1), Training())
+    assert layout_of(found, 2, 1).reasons == ("tensor x1.05",)
+    # 4 microbatches of a replica, 1 more to fill the pipeline, but of half a rank's layers; 4 stages of 1 layer each.
+    two_stages = layout_of(found, 1, 2)
+    uneven = 2 * ((TOTAL - VISION - HEAD) / 2 + max(VISION, HEAD)) / TOTAL
+    assert two_stages.dims.virtual == 2
+    assert two_stages.reasons == (f"uneven x{uneven:.2f}", "borders x1.05", "bubble x1.12")
+    assert two_stages.cost == pytest.approx(uneven * 1.05 * 1.125)
     idle = make_plan(SPEC, 4, of_memory(80), replace(TINY, prompts=3), Training()).layouts
     assert any("idle x1.33" in layout.reasons for layout in idle)
+
+
+def squeezed(spec: Qwen3VLSpec, devices: int, work: Work, pipeline: int) -> Iterator[Layout]:
+    """The chosen layout of so many stages, on devices of ever less memory until none fits."""
+    device = of_memory(80)
+    while found := [
+        layout
+        for layout in make_plan(spec, devices, device, work, Training()).layouts
+        if (layout.dims.tensor, layout.dims.pipeline) == (1, pipeline)
+    ]:
+        yield found[0]
+        device = of_memory((found[0].memory.total - 1) / USABLE / GIB)
+
+
+def test_recompute_costs_what_a_group_costs() -> None:
+    again = {"none": 0.0, "selective": ATTENTION, "full": TOTAL - VISION - HEAD}
+    found = list(squeezed(SPEC, 1, TINY, 1))
+    assert {layout.training.recompute for layout in found} == set(again)
+    for layout in found:
+        vision = VISION if layout.training.recompute_vision else 0
+        assert layout.cost == pytest.approx(1 + (again[layout.training.recompute] + vision) / TOTAL / 3)
+
+
+def test_stages_interleave_where_the_bubble_costs_more_than_their_messages() -> None:
+    few, many = (
+        layout_of(make_plan(SPEC, 2, of_memory(80), replace(TINY, prompts=prompts, budget=1), Training()), 1, 2)
+        for prompts in (4, 40)
+    )
+    assert (few.dims.virtual, many.dims.virtual) == (2, 1)
+    assert few.reasons[-1] == "bubble x1.12"
+    assert many.reasons[-1] == "bubble x1.02"  # with 2 chunks 1.01, but then borders are 1.05 and not 1.02
+
+
+def test_an_interleaved_schedule_takes_whole_turns() -> None:
+    [layout] = [
+        each
+        for each in make_plan(SPEC, 2, of_memory(80), replace(TINY, prompts=3, budget=1), Training()).layouts
+        if each.dims.pipeline == 2
+    ]
+    assert layout.dims.virtual == 1  # as 4 of 3 microbatches would cost more than the bubble of 3
+    assert layout.reasons[-1] == "bubble x1.33"
+
+
+def test_interleaving_gives_way_to_memory() -> None:
+    found = list(squeezed(SPEC, 2, replace(TINY, prompts=4, budget=1), 2))
+    assert [layout.dims.virtual for layout in (found[0], found[-1])] == [2, 1]
+    costs, totals = [layout.cost for layout in found], [layout.memory.total for layout in found]
+    assert costs == sorted(costs)
+    assert totals == sorted(totals, reverse=True)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_every_layout_can_be_built(name: str) -> None:
+    found = plan(SIZES[name], "64xh200-141g")
+    for layout in found.layouts + found.too_large:
+        check_layout(SIZES[name], layout.dims)
+    chunks = {layout.dims.virtual for layout in found.layouts if layout.dims.pipeline > 1}
+    assert max(chunks) > 1
+    assert {layout.dims.virtual for layout in found.layouts if layout.dims.pipeline == 1} == {1}
 
 
 def test_impossible_degrees_are_explained_once() -> None:
@@ -157,6 +236,23 @@ def test_text_shows_what_fits_and_what_does_not(capsys: pytest.CaptureFixture[st
     assert "expert" not in text
     main(["plan", "--model", "qwen3-vl-8b", "--devices", "trn1.32xlarge", "--reference", "ema"])
     assert "reference" in capsys.readouterr().out
+
+
+def test_text_shows_interleaving_where_there_is_any(capsys: pytest.CaptureFixture[str]) -> None:
+    for devices, shown in (("8xh100-80g", True), ("h200-141g", False)):
+        assert main(["plan", "--model", "qwen3-vl-4b", "--devices", devices]) == 0
+        assert ("virtual" in capsys.readouterr().out.partition("not possible")[0]) == shown
+
+
+def test_text_shows_the_best_only(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["plan", "--model", "qwen3-vl-30b-a3b", "--devices", "64xh100-80g"]
+    assert main(argv) == 0
+    text = capsys.readouterr().out
+    assert main([*argv, "--json"]) == 0
+    fitting = len(json.loads(capsys.readouterr().out)["layouts"])
+    assert f"fits, best first; {fitting - 15} others cost more than these:" in text
+    table = text.partition("than these:\n")[2].partition("\n\n")[0].splitlines()
+    assert len(table) == 1 + 15
 
 
 def test_json_is_whole(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Literal
 
-from megatron_vlrl.backends.activations import Recompute, Row, head_workspace, stage_activations, stage_of
+from megatron_vlrl.backends.activations import Recompute, Row, chunk_layers, head_workspace, stage_activations
 from megatron_vlrl.models.qwen3_vl.config import Qwen3VLSpec
 from megatron_vlrl.models.qwen3_vl.names import TEXT, VISION, hf_shapes
 from megatron_vlrl.models.qwen3_vl.sizes import parameter_counts
@@ -46,7 +48,8 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankMemory:
-    """Bytes by use. text, vision: kept for the backward pass. head: logits of a chunk and the head's gradient."""
+    """Bytes by use. text, vision: kept for the backward pass, and in text what pipeline stages hand each other. head:
+    logits of a chunk and the head's gradient."""
 
     weights: float
     gradients: float
@@ -67,34 +70,52 @@ class RankMemory:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-@lru_cache(maxsize=1024)
 def stage_parameters(spec: Qwen3VLSpec, dims: ParallelDims, stage: int) -> tuple[int, int]:
     """(numbers that all data ranks hold alike, numbers of the experts) on each rank of a pipeline stage."""
-    shared = experts = 0
+    chunks = [chunk_layers(spec.text.layers, dims, stage, chunk) for chunk in range(dims.virtual)]
+    held = [str(layer) for layers in chunks for layer in layers]
+    held += ["first"] if stage == 0 else []
+    held += ["last"] if stage == dims.pipeline - 1 else []
+    if spec.tied_embeddings and 0 < stage == dims.pipeline - 1:
+        held.append("table")  # two stages hold it
+    places = [_numbers(spec)[place] for place in held]
+    shared = sum(place.whole + place.cut // dims.tensor for place in places)
+    return shared, sum(place.experts for place in places) // dims.tensor // dims.expert
+
+
+@dataclass(kw_only=True, slots=True)
+class _Numbers:
+    """whole: on each rank of a tensor group; cut: shared out over it; experts: over it and over their ranks."""
+
+    whole: int = 0
+    cut: int = 0
+    experts: int = 0
+
+
+@lru_cache(maxsize=16)
+def _numbers(spec: Qwen3VLSpec) -> Mapping[str, _Numbers]:
+    """By place: a decoder layer's number, the `first` stage's own parameters, the `last` one's; `table`, the
+    embedding's, which is also among the first's."""
+    places: defaultdict[str, _Numbers] = defaultdict(_Numbers)
     for name, shape in hf_shapes(spec).items():
-        if stage not in _stages(name, spec, dims):
-            continue
-        numbers = math.prod(shape) // (dims.tensor if _CUT.search(name) else 1)
-        if _EXPERT.search(name):
-            experts += numbers // dims.expert
-        else:
-            shared += numbers
-    return shared, experts
+        layer = re.match(rf"{re.escape(TEXT)}layers\.(\d+)\.", name)
+        table = name.startswith(f"{TEXT}embed_tokens.")
+        place = layer[1] if layer else "first" if table or name.startswith(VISION) else "last"
+        kind = "experts" if _EXPERT.search(name) else "cut" if _CUT.search(name) else "whole"
+        for where in (place, "table") if table else (place,):
+            setattr(places[where], kind, getattr(places[where], kind) + math.prod(shape))
+    return places
 
 
-def _stages(name: str, spec: Qwen3VLSpec, dims: ParallelDims) -> set[int]:
-    """Which stages hold a parameter: two hold a tied table."""
-    last = dims.pipeline - 1
-    layer = re.match(rf"{re.escape(TEXT)}layers\.(\d+)\.", name)
-    if layer:
-        return {stage_of(int(layer[1]), spec.text.layers, dims)}
-    if name.startswith(f"{TEXT}embed_tokens."):
-        return {0, last} if spec.tied_embeddings else {0}
-    return {0} if name.startswith(VISION) else {last}
-
-
-def rank_memory(spec: Qwen3VLSpec, dims: ParallelDims, row: Row, training: Training, stage: int) -> RankMemory:
-    """Of a rank of this pipeline stage; every row in flight is like `row`."""
+def rank_memory(
+    spec: Qwen3VLSpec,
+    dims: ParallelDims,
+    row: Row,
+    training: Training,
+    stage: int,
+    microbatches: int | None = None,
+) -> RankMemory:
+    """Of a rank of this pipeline stage, in a step of `microbatches` rows like `row`; None: as many as fill it."""
     shared, experts = stage_parameters(spec, dims, stage)
     numbers = shared + experts
     # The data ranks that hold the same numbers share their optimizer's state.
@@ -108,12 +129,13 @@ def rank_memory(spec: Qwen3VLSpec, dims: ParallelDims, row: Row, training: Train
         stage=stage,
         recompute=training.recompute,
         recompute_vision=training.recompute_vision,
+        microbatches=microbatches,
     )
     return RankMemory(
         weights=numbers * training.width,
         gradients=numbers * _GRADIENT,
         optimizer=owned * state,
-        text=activations["text"],
+        text=activations["text"] + activations["borders"],
         vision=activations["vision"],
         head=head_workspace(spec, row, dims, training.width) if stage == dims.pipeline - 1 else 0.0,
         rollout=sum(parameter_counts(spec).values()) * training.width if training.colocated else 0.0,
@@ -128,7 +150,9 @@ def _reference_width(training: Training) -> int:
     return training.width if training.reference == "frozen" else 0
 
 
-def fullest_rank(spec: Qwen3VLSpec, dims: ParallelDims, row: Row, training: Training) -> RankMemory:
+def fullest_rank(
+    spec: Qwen3VLSpec, dims: ParallelDims, row: Row, training: Training, microbatches: int | None = None
+) -> RankMemory:
     """Of the pipeline stage that needs most."""
-    stages = [rank_memory(spec, dims, row, training, stage) for stage in range(dims.pipeline)]
+    stages = [rank_memory(spec, dims, row, training, stage, microbatches) for stage in range(dims.pipeline)]
     return max(stages, key=lambda memory: memory.total)

@@ -1,8 +1,8 @@
 """Which layouts of a model fit on some devices, and which of them to try first; torch-free.
 
 In: model, devices, lengths of a step. Out: layouts by their estimated cost, and refusals with their numbers. The cost
-is a rule of thumb for this order alone, no prediction of speed: 1 is a step without recompute, communication inside
-layers, pipeline bubble or idle replicas.
+is a rule of thumb for this order alone, no prediction of speed: 1 is a step without recompute, communication, pipeline
+bubble, or ranks that wait for others.
 """
 
 from __future__ import annotations
@@ -10,20 +10,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from megatron_vlrl.backends.activations import Recompute, Row
 from megatron_vlrl.backends.devices import Device
 from megatron_vlrl.backends.layout import check_layout
 from megatron_vlrl.backends.memory import RankMemory, Training, fullest_rank
+from megatron_vlrl.backends.pipeline import scheduled
 from megatron_vlrl.errors import ConfigError
 from megatron_vlrl.models.qwen3_vl.config import Qwen3VLSpec
-from megatron_vlrl.models.qwen3_vl.sizes import parameter_counts
+from megatron_vlrl.models.qwen3_vl.cost import ForwardCosts, forward_costs, unit_costs
 from megatron_vlrl.parallel.dims import ParallelDims
 
 GIB = 2**30
 USABLE = 0.9  # of a device: the rest is for its runtime, communication buffers and fragmentation
 _DOUBLING = 1.05  # cost of each doubling of the tensor or expert degree inside a machine
+_BORDER = 0.05  # of a decoder layer's time: handing its rows to the next pipeline stage
 _RECOMPUTES: tuple[tuple[Recompute, bool], ...] = (
     ("none", False),
     ("none", True),
@@ -76,20 +78,23 @@ class Plan:
 
 
 def make_plan(spec: Qwen3VLSpec, devices: int, device: Device, work: Work, training: Training) -> Plan:
-    """Every layout of `devices` devices, each with the cheapest recompute that fits; `training` gives the rest."""
+    """Every layout of `devices` devices, each with the cheapest interleaving and recompute that fit; `training` gives
+    the rest."""
     limit = device.memory * GIB * USABLE
     layouts, too_large = [], []
     degrees, impossible = _possible(spec, devices, device)
     for dims in degrees:
         tries = [
-            _layout(spec, dims, work, replace(training, recompute=text, recompute_vision=vision))
+            _Try(spec, replace(dims, virtual=virtual), work, replace(training, recompute=text, recompute_vision=vision))
+            for virtual in _interleavings(spec, dims)
             for text, vision in _RECOMPUTES
         ]
-        fitting = [layout for layout in tries if layout.memory.total <= limit]
+        tries.sort(key=lambda each: (each.cost, each.dims.virtual))
+        fitting = next((each for each in tries if each.memory.total <= limit), None)
         if fitting:
-            layouts.append(min(fitting, key=lambda layout: layout.cost))
+            layouts.append(fitting.layout())
         else:
-            too_large.append(min(tries, key=lambda layout: layout.memory.total))
+            too_large.append(min(tries, key=lambda each: each.memory.total).layout())
     return Plan(
         layouts=tuple(sorted(layouts, key=lambda layout: (layout.cost, layout.memory.total))),
         too_large=tuple(sorted(too_large, key=lambda layout: layout.memory.total)),
@@ -132,49 +137,66 @@ def _possible(spec: Qwen3VLSpec, devices: int, device: Device) -> tuple[list[Par
     return degrees, problems
 
 
+def _interleavings(spec: Qwen3VLSpec, dims: ParallelDims) -> list[int]:
+    """Into how many chunks the layers of a pipeline rank can be cut: 1, and what the model allows besides."""
+
+    def possible(virtual: int) -> bool:
+        try:
+            check_layout(spec, replace(dims, virtual=virtual))
+        except ConfigError:
+            return False
+        return True
+
+    return [1, *(n for n in _divisors(spec.text.layers // dims.pipeline) if n > 1 and possible(n))]
+
+
 def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def _layout(spec: Qwen3VLSpec, dims: ParallelDims, work: Work, training: Training) -> Layout:
-    row = work.row(dims.data)
-    factors = _costs(spec, dims, work, row, training)
-    return Layout(
-        dims=dims,
-        training=training,
-        memory=fullest_rank(spec, dims, row, training),
-        cost=math.prod(factors.values()),
-        reasons=tuple(f"{name} x{factor:.2f}" for name, factor in factors.items()),
-    )
+class _Try:
+    """A layout whose memory is not looked at before it is asked for."""
+
+    def __init__(self, spec: Qwen3VLSpec, dims: ParallelDims, work: Work, training: Training) -> None:
+        self.spec, self.dims, self.training, self.row = spec, dims, training, work.row(dims.data)
+        self.microbatches = scheduled(math.ceil(work.prompts / (dims.data * self.row.prompts)), dims)
+        self.factors = _costs(spec, dims, self.row, training, self.microbatches)
+        self.factors["idle"] = self.microbatches * self.row.prompts * dims.data / work.prompts
+        self.cost = math.prod(self.factors.values())
+
+    @cached_property
+    def memory(self) -> RankMemory:
+        """Of the fullest rank."""
+        return fullest_rank(self.spec, self.dims, self.row, self.training, self.microbatches)
+
+    def layout(self) -> Layout:
+        """With what its cost is made of, where it shows."""
+        reasons = (f"{name} x{factor:.2f}" for name, factor in self.factors.items() if factor > 1.005)
+        return Layout(
+            dims=self.dims, training=self.training, memory=self.memory, cost=self.cost, reasons=tuple(reasons)
+        )
 
 
-def _costs(spec: Qwen3VLSpec, dims: ParallelDims, work: Work, row: Row, training: Training) -> dict[str, float]:
+def _costs(spec: Qwen3VLSpec, dims: ParallelDims, row: Row, training: Training, microbatches: int) -> dict[str, float]:
     """What makes a step dearer -> by which factor. A forward pass is a third of a step."""
-    factors = {"recompute": 1 + _again(spec, row, training) / 3}
-    factors["tensor"] = _DOUBLING ** math.log2(dims.tensor)
-    factors["expert"] = _DOUBLING ** math.log2(dims.expert)
-    microbatches = math.ceil(work.prompts / (dims.data * row.prompts))
-    factors["bubble"] = (microbatches + dims.pipeline - 1) / microbatches
-    factors["idle"] = microbatches * row.prompts * dims.data / work.prompts
-    return {name: factor for name, factor in factors.items() if factor > 1.005}
+    cost = _forward(spec, row)
+    layers = cost.linear + cost.attention
+    again = {"none": 0.0, "selective": cost.attention, "full": layers}[training.recompute]
+    again += cost.vision if training.recompute_vision else 0.0
+    stages = dims.pipeline * dims.virtual
+    slowest = layers / dims.pipeline + max(cost.vision, cost.head)  # of a pipeline's ranks: the first or the last
+    return {
+        "recompute": 1 + again / cost.total / 3,
+        "tensor": _DOUBLING ** math.log2(dims.tensor),
+        "expert": _DOUBLING ** math.log2(dims.expert),
+        "uneven": slowest * dims.pipeline / cost.total if dims.pipeline > 1 else 1.0,
+        "borders": 1 + (_BORDER * stages / spec.text.layers if stages > 1 else 0),
+        "bubble": 1 + (dims.pipeline - 1) / (dims.virtual * microbatches),
+    }
 
 
-def _again(spec: Qwen3VLSpec, row: Row, training: Training) -> float:
-    """Share of the forward pass that is computed again."""
-    text = spec.text
-    active, tower = _active_parameters(spec)
-    layers = 2 * row.tokens * active
-    core = 4 * row.tokens * text.layers * text.heads * text.head_dim * (row.prompt + row.response) / 2
-    vision = 2 * row.prompts * row.image * spec.vision.merge_size**2 * tower
-    head = 2 * row.logit_rows * text.vocab_size * text.hidden_size
-    again = {"none": 0.0, "selective": core, "full": layers + core}[training.recompute]
-    return (again + (vision if training.recompute_vision else 0)) / (layers + core + vision + head)
-
-
-@lru_cache
-def _active_parameters(spec: Qwen3VLSpec) -> tuple[int, int]:
-    """(numbers of the decoder layers that one token meets, numbers of the vision tower's layers)."""
-    counts, text = parameter_counts(spec), spec.text
-    mixtures = sum(text.is_mixture(layer) for layer in range(text.layers))
-    unmet = mixtures * (text.experts - text.experts_per_token) * 3 * text.hidden_size * text.expert_ffn_size
-    return counts["layers"] - unmet, counts["vision"]
+@lru_cache(maxsize=1024)
+def _forward(spec: Qwen3VLSpec, row: Row) -> ForwardCosts:
+    """Of one of the row's groups."""
+    frames = [(1, row.image * spec.vision.merge_size**2)]
+    return forward_costs(row.prompt, [row.response] * row.responses, frames, unit_costs(spec))

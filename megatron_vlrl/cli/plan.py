@@ -104,6 +104,7 @@ def _settings(layout: Layout) -> dict[str, Any]:
     return {
         "parallel.tensor": dims.tensor,
         "parallel.pipeline": dims.pipeline,
+        "parallel.virtual_pipeline": dims.virtual,
         "parallel.data": dims.data,
         "parallel.expert": dims.expert,
         "parallel.recompute": training.recompute,
@@ -149,24 +150,32 @@ def as_text(plan: Plan, spec: Qwen3VLSpec, title: str) -> str:
         f"{title}; {numbers / 1e9:.2f} billion parameters",
         f"GiB on the fullest rank; {limit} of a device may be used ({USABLE:.0%})",
     ]
-    lines += ["", "fits, best first:", *_table(plan.layouts)] if plan.layouts else ["", "no layout fits"]
+    if plan.layouts:
+        lines += ["", f"fits, best first{_others(plan.layouts, _BEST, 'cost')}:", *_table(plan.layouts[:_BEST])]
+    else:
+        lines += ["", "no layout fits; more devices share weights, gradients and optimizer further, and fewer"]
+        lines += ["--microbatch-tokens keep less text and vision"]
     if plan.too_large:
-        more = len(plan.too_large) - _NEAREST
-        count = f"; {more} others need more than these" if more > 0 else ""
-        lines += ["", f"needs more than {limit} whatever is recomputed{count}:", *_table(plan.too_large[:_NEAREST])]
+        others = _others(plan.too_large, _NEAREST, "need")
+        lines += ["", f"needs more than {limit} whatever is recomputed{others}:", *_table(plan.too_large[:_NEAREST])]
     if plan.impossible:
         lines += ["", "not possible:", *(f"  {problem}" for problem in plan.impossible)]
     return "\n".join(lines)
 
 
-_NEAREST = 5  # of the layouts that do not fit
+_BEST, _NEAREST = 15, 5  # of the layouts that fit, and of those that do not
+
+
+def _others(layouts: Sequence[Layout], shown: int, verb: str) -> str:
+    more = len(layouts) - shown
+    return f"; {more} others {verb} more than these" if more > 0 else ""
 
 
 def _table(layouts: Sequence[Layout]) -> list[str]:
     """Columns that say nothing are left out: an engine or a reference that is not there, experts that the model has
     not."""
     rows = [_cells(layout) for layout in layouts]
-    silent = {"rollout": "0.0", "reference": "0.0", "expert": "1", "because of": ""}
+    silent = {"rollout": "0.0", "reference": "0.0", "expert": "1", "virtual": "1", "because of": ""}
     names = [name for name in rows[0] if any(row[name] != silent.get(name) for row in rows)]
     lines = [{name: name for name in names}, *rows]
     widths = {name: max(len(line[name]) for line in lines) for name in names if name != "because of"}
@@ -180,6 +189,7 @@ def _cells(layout: Layout) -> dict[str, str]:
     return {
         "tensor": str(dims.tensor),
         "pipeline": str(dims.pipeline),
+        "virtual": str(dims.virtual),
         "data": str(dims.data),
         "expert": str(dims.expert),
         "recompute": training.recompute + ("+vision" if training.recompute_vision else ""),

@@ -1,7 +1,7 @@
 """Groups -> packed rows -> microbatches: the border between lists and tensors."""
 
 from megatron_vlrl.packing.attention import AttentionPlan, plan_attention
-from megatron_vlrl.packing.balance import UnitCosts, cut, group_cost, packed_tokens
+from megatron_vlrl.packing.balance import cut, packed_tokens
 from megatron_vlrl.packing.filler import filler_group
 from megatron_vlrl.packing.rows import Microbatch, Segment, Targets, pack
 
@@ -10,10 +10,8 @@ __all__ = [
     "Microbatch",
     "Segment",
     "Targets",
-    "UnitCosts",
     "cut",
     "filler_group",
-    "group_cost",
     "pack",
     "packed_tokens",
     "plan_attention",

@@ -7,7 +7,6 @@ every rank that is given the same numbers. The work of a group is known before i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,39 +18,9 @@ Ranks = NDArray[np.int64]
 THRESHOLD = 0.05  # of the greatest rank's cost: groups, with their pixels, do not move for less
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class UnitCosts:
-    """FLOPs of a forward pass, by what they are proportional to. A backward pass costs twice as much of each.
-
-    token: a packed token in the linear layers. pair: a query that looks at a key, all layers. logit: a row of logits.
-    patch: a vision patch in the linear layers. patch_pair: two patches of one frame that look at each other.
-    """
-
-    token: float
-    pair: float
-    logit: float
-    patch: float
-    patch_pair: float
-
-
 def packed_tokens(group: RolloutGroup) -> int:
     """Tokens that a group takes in a packed row: its prompt once, and every response."""
     return len(group.prompt.token_ids) + sum(len(rollout.token_ids) for rollout in group.rollouts)
-
-
-def group_cost(group: RolloutGroup, unit: UnitCosts) -> float:
-    """FLOPs of a forward pass over a group: its prompt and images once, each response on [prompt; itself]."""
-    prompt = len(group.prompt.token_ids)
-    responses = [len(rollout.token_ids) for rollout in group.rollouts]
-    pairs = prompt * prompt / 2 + sum(length * (prompt + length / 2) for length in responses)
-    frames = [(t, h * w) for t, h, w in group.prompt.grids]
-    return (
-        unit.token * packed_tokens(group)
-        + unit.pair * pairs
-        + unit.logit * (1 + sum(length - 1 for length in responses))  # first tokens share a row, last ones need none
-        + unit.patch * sum(t * patches for t, patches in frames)
-        + unit.patch_pair * sum(t * patches**2 for t, patches in frames)
-    )
 
 
 def loads(costs: Costs, owners: Ranks, ranks: int) -> Costs:
