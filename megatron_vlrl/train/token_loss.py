@@ -46,7 +46,6 @@ def token_loss(
     if algorithm.entropy.coefficient:
         loss = loss + (targets.entropy_weights * entropy_surrogate(log_probs, entropies, algorithm)).sum()
         marks["entropy_side"] = targets.entropy_weights.sign()  # of the task's band: +1 above, -1 below
-    marks["policy_kl"] = ESTIMATORS["k3"](old, now)
     return loss, _report(targets, marks, now, entropies.detach(), old, tasks)
 
 
@@ -85,7 +84,8 @@ def _report(
     by_task = torch.zeros(len(columns), tasks, dtype=torch.float64, device=table.device)
     by_task.index_add_(1, targets.task, table)
     sums = dict(zip(columns, by_task, strict=True))
-    sums["ratios"] = log_ratio_counts(now - old, targets.task, counted, tasks)
+    compared = counted if "policy_kl" in marks else torch.zeros_like(counted)  # nll looks at no ratio
+    sums["ratios"] = log_ratio_counts(now - old, targets.task, compared, tasks)
     sums["mismatches"] = log_ratio_counts(mismatch, targets.task, fresh, tasks)
     return TokenReport(sums=sums, maxima={"drift": (mismatch * fresh).abs().max()})
 
