@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import pickle
+import queue
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_vlrl.backends import Backend
+from megatron_vlrl.backends.megatron.state import _Results
 from megatron_vlrl.checkpoint.manifest import Manifest
 from megatron_vlrl.checkpoint.store import CheckpointStore
 from megatron_vlrl.errors import CheckpointError
@@ -107,6 +111,28 @@ def test_what_could_not_be_written_leaves_the_earlier_ones(tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001"]
     store.save(3)
     assert store.store.poll(wait=True) == tmp_path / "step-00000003"
+
+
+def test_a_writer_hands_over_one_value_of_any_size_or_none() -> None:
+    """More than a pipe holds: nobody reads before the writer has ended."""
+    small, large = {0: ["one"]}, {0: [os.urandom(1000) for _ in range(500)]}
+
+    def in_a_writer(work: Callable[[_Results], object]) -> _Results:
+        results = _Results()
+        child = os.fork()
+        if child == 0:
+            work(results)
+            os._exit(0)
+        os.waitpid(child, 0)
+        return results
+
+    for value in (small, large):
+        assert in_a_writer(lambda results, value=value: results.put(value)).get_nowait() == value
+    for end in (0, 100, 400_000):  # killed before all was written
+        with pytest.raises(queue.Empty):
+            in_a_writer(
+                lambda results, end=end: os.write(results._file.fileno(), pickle.dumps(large)[:end])
+            ).get_nowait()
 
 
 def save_and_train_on(folder: Path, checkpoints: Path, layout: dict[str, Any]) -> dict[str, Any]:

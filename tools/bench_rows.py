@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_vlrl.backends import BackendOptions, build_backend
+from megatron_vlrl.backends import Backend, BackendOptions, build_backend
 from megatron_vlrl.backends.protocol import OptimizerStep
 from megatron_vlrl.config.schema import AlgorithmConfig, LossConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_vlrl.packing import packed_tokens
@@ -48,14 +48,18 @@ SHAPES = {
 }
 
 
-def make_model(folder: Path) -> None:
-    """The quickstart's architecture with random weights, written as a Hugging Face folder."""
+def make_model(folder: Path, width: int = 1) -> None:
+    """The quickstart's architecture with random weights, `width` times as wide, written as a Hugging Face folder."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from examples.quickstart.make_model import quickstart_config, random_model
     from tools.train_tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer(["How many digits? <think>count</think><answer>3</answer>"] * 50, 330)
-    random_model(quickstart_config(tokenizer), tokenizer, seed=0).save_pretrained(folder)
+    config = quickstart_config(tokenizer)
+    config.text_config.hidden_size *= width
+    config.text_config.intermediate_size *= width
+    config.vision_config.out_hidden_size *= width
+    random_model(config, tokenizer, seed=0).save_pretrained(folder)
 
 
 def make_groups(shape: Shape, folder: Path) -> list[RolloutGroup]:
@@ -115,8 +119,8 @@ def train_groups(groups: Sequence[RolloutGroup]) -> list[TrainGroup]:
     ]
 
 
-def ours(folder: Path, groups: Sequence[RolloutGroup]) -> Callable[[str], object]:
-    """One update on the megatron backend."""
+def make_backend(folder: Path) -> Backend:
+    """The megatron backend in this process."""
     sampling = Sampling(n=1, temperature=1.0, max_new_tokens=1, stop_token_ids=(0,))
     options = BackendOptions(
         folder=folder,
@@ -126,9 +130,14 @@ def ours(folder: Path, groups: Sequence[RolloutGroup]) -> Callable[[str], object
         sampling=sampling,
         seed=0,
     )
+    return build_backend(options)
+
+
+def ours(backend: Backend, groups: Sequence[RolloutGroup]) -> Callable[[str], object]:
+    """One update on the megatron backend."""
     algorithm = AlgorithmConfig(loss=LossConfig(aggregation="token_mean", importance="none"))
     updater = Updater(
-        backend=build_backend(options),
+        backend=backend,
         task_names=("bench",),
         microbatch_tokens=16384,
         cost=packed_tokens,
@@ -199,7 +208,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, joined(world, timeout_seconds=60, threads=1):
         make_model(Path(folder))
         groups = make_groups(shape, Path(folder))
-        update = ours(Path(folder), groups)
+        update = ours(make_backend(Path(folder)), groups)
         sides: dict[str, Callable[[], object]] = {
             "grouped rows": lambda: update("grouped"),
             "a row for each response": lambda: update("single"),

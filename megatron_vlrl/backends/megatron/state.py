@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+import pickle
+import queue
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing import get_context
-from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def save(
 
     reference: a moving one.
     """
-    _prepare_writer()
+    mcore_writer._results_queue = _Results()
     state = _shards(chunks, optimizer, loading=False)
     state[_HAS_REFERENCE] = reference is not None
     if reference is not None:
@@ -215,13 +215,25 @@ def _set_random_state(state: dict[str, Any]) -> None:
     get_cuda_rng_tracker().set_states(state["tracker"])
 
 
-def _prepare_writer() -> None:
-    """Start megatron-core's result queue ourselves, in a process that ends with this one.
+class _Results:
+    """What a writer hands to the rank that forked it, in memory that both see: one value, in place of a queue.
 
-    Its own (filesystem_async.py:55) outlives a killed rank and keeps 280 MB each time.
+    megatron-core's queue (filesystem_async.py:55) needs a process of its own, which the first save would wait for; it
+    keeps 280 MB, and outlives a killed rank.
     """
-    if mcore_writer._results_queue is None:
-        manager = SyncManager(ctx=get_context("spawn"))
-        manager.start(initializer=die_with_parent)
-        mcore_writer._results_queue = manager.Queue()
-        mcore_writer._results_manager = manager  # it ends when it is collected
+
+    def __init__(self) -> None:
+        self._file = open(os.memfd_create("results"), "w+b")  # noqa: SIM115 - closed when it is collected
+
+    def put(self, value: object) -> None:
+        """In the writer."""
+        pickle.dump(value, self._file)
+        self._file.flush()
+
+    def get_nowait(self) -> Any:
+        """In the rank, when the writer has ended; queue.Empty if it ended too early."""
+        self._file.seek(0)
+        try:
+            return pickle.load(self._file)
+        except (EOFError, pickle.UnpicklingError) as error:
+            raise queue.Empty from error
