@@ -162,15 +162,15 @@ def _over_seeds(columns: Sequence[Sequence[float | None]], of: Callable[[Sequenc
 def charts(runs: Sequence[SeedRun]) -> dict[str, str]:
     """SVG documents by name: rollout accuracy of each seed (mean over tasks), and of each task (mean over seeds)."""
     tasks = [row.task for row in runs[0].rows[:-1]]
-    by_seed = [Series(name=f"seed {run.seed}", points=_mean_curve([(run, task) for task in tasks])) for run in runs]
-    by_task = [Series(name=task, points=_mean_curve([(run, task) for run in runs])) for task in tasks]
+    by_seed = [Series(name=f"seed {run.seed}", points=mean_curve([(run, task) for task in tasks])) for run in runs]
+    by_task = [Series(name=task, points=mean_curve([(run, task) for run in runs])) for task in tasks]
     return {
         "seeds": chart_file("Rollout accuracy by step, mean over the tasks", by_seed, limits=(0, 1)),
         "tasks": chart_file("Rollout accuracy by step, mean over the seeds", by_task, limits=(0, 1)),
     }
 
 
-def _mean_curve(parts: Sequence[tuple[SeedRun, str]]) -> list[tuple[float, float | None]]:
+def mean_curve(parts: Sequence[tuple[SeedRun, str]]) -> list[tuple[float, float | None]]:
     """Accuracy by step, averaged over (run, task); only steps at which every one has a number."""
     curves = [{r["step"]: r.get(f"accuracy/{task}") for r in run.metrics} for run, task in parts]
     points: list[tuple[float, float | None]] = []
