@@ -106,6 +106,14 @@ def test_components_that_are_not_there_or_weigh_nothing_say_nothing(kind: str, o
 
 
 @pytest.mark.parametrize(("kind", "options"), [("gdpo", {}), ("g2rpo", {"components": "each"})])
+def test_tied_are_those_that_no_component_tells_apart(kind: str, options: dict[str, str]) -> None:
+    table = [[0.0, 5.0, 0.0], [0.0, 5.0, 1.0], [1.0, 5.0, 1.0], [1.0, 5.0, 2.0]]  # the second is equal for all
+    result = advantages([5, 6, 7, 8], [0] * 4, [0] * 4, kind, table, options=options)
+    assert result.tied.tolist() == [False, True, True, False]
+    assert not result.uniform.any()
+
+
+@pytest.mark.parametrize(("kind", "options"), [("gdpo", {}), ("g2rpo", {"components": "each"})])
 def test_the_total_says_which_rollouts_failed(kind: str, options: dict[str, str]) -> None:
     table = [[0.0, 1.0], [1.0, 1.0], [9.0, 9.0]]  # what was known before the third one's verifier failed
     failed = advantages([1.0, 2.0, math.nan], [0] * 3, [0] * 3, kind, table, options=options)
@@ -188,6 +196,12 @@ def test_onethinker_falls_back_to_the_groups_own_std_beyond_5() -> None:
     np.testing.assert_allclose(small.values, [-0.004 / 0.001001, 0.004 / 0.001001], rtol=1e-2)
     large = advantages([0.5, 0.508, 0.5, 0.6], ["a"] * 4, [0, 0, 1, 1], "ema_grpo", state=state, decay=0.999999)
     np.testing.assert_allclose(large.values, [*small.values, -1, 1], rtol=1e-2)  # only the group that is beyond
+
+
+def test_onethinker_looks_at_both_sides_for_advantages_beyond_5() -> None:
+    state = {"a": {"mean": 0.5, "mean_square": 0.25}}
+    low = advantages([0.5] + [0.508] * 7, ["a"] * 8, [0] * 8, "ema_grpo", state=state, decay=0.999999)  # -7 and 1
+    np.testing.assert_allclose(low.values, [-math.sqrt(7)] + [1 / math.sqrt(7)] * 7, rtol=1e-3)
 
 
 def test_paper_divides_by_a_moving_average_of_the_groups_stds() -> None:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vlrl.algorithms import ADVANTAGES, advantages
+from megatron_vlrl.algorithms import ADVANTAGES, AdvantageResult, advantages
 from tests.advantage_oracle import Table, component_columns, informed, oracle, run
 
 SCOPES = ["two_stage", "task", "group", "centered_task"]
@@ -145,21 +145,22 @@ def test_a_state_read_back_from_json_gives_the_next_advantages_to_the_bit(steps:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_continuous_rewards_in_any_order_give_the_same_bits(case: Case) -> None:
+def test_order_and_names_of_continuous_rewards_change_no_bit(case: Case) -> None:
     random = np.random.default_rng(3)
-    count = 4000
+    count, (kind, options) = 4000, case
     groups = np.arange(count) // 8
     tasks = np.array(["count", "box", "read"])[groups % 3]
     components = random.standard_cauchy((count, 2))
     lengths = random.integers(1, 500, count)
-    kind, options = case
 
-    def values(order: np.ndarray) -> np.ndarray:
-        columns = (components.sum(axis=1)[order], tasks[order], groups[order], kind, components[order], [1.0, 0.2])
-        return advantages(*columns, lengths=lengths[order], options=options).values
+    def result(order: np.ndarray, names: np.ndarray) -> AdvantageResult:
+        columns = (components.sum(axis=1)[order], tasks[order], names[order], kind, components[order], [1.0, 0.2])
+        return advantages(*columns, lengths=lengths[order], options=options)
 
-    shuffled = random.permutation(count)
-    one = values(np.arange(count))
-    assert one[shuffled].tobytes() == values(shuffled).tobytes()
+    one = result(np.arange(count), groups)
+    shuffled, renamed = random.permutation(count), random.permutation(10**6)[groups]
+    other = result(shuffled, renamed)
+    assert one.values[shuffled].tobytes() == other.values.tobytes()
+    assert one.state == other.state
     if kind not in ("ones", "ema_grpo") and not options.get("token_weighted"):
-        assert abs(one.mean()) < 1e-9
+        assert abs(one.values.mean()) < 1e-9
