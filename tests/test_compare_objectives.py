@@ -1,4 +1,4 @@
-"""The comparison of objectives: paired by seed, every run shown, finished runs kept; its recipes are ones that can run."""
+"""Objectives are compared seed by seed; every run is shown, finished ones are kept; the recipes can run."""
 
 from __future__ import annotations
 
