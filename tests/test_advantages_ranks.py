@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch.distributed as dist
 
-from megatron_vlrl.algorithms import advantages, keeps_state
+from megatron_vlrl.config.schema import AdvantageConfig
 from megatron_vlrl.parallel.groups import Group
+from megatron_vlrl.train.estimate import estimate
 from megatron_vlrl.train.minibatches import rows_of
-from megatron_vlrl.train.rewards import Rewards, gather_table
-from megatron_vlrl.types import RewardBreakdown, RewardFailure, RolloutGroup
+from megatron_vlrl.train.rewards import gather_table
+from megatron_vlrl.types import RewardBreakdown, RewardFailure, RewardTable, RolloutGroup, ScoredGroup
 from tests.groups import make_group
 from tests.spawn import run_ranks
 from tests.test_advantages_oracle import CASES
@@ -33,7 +36,7 @@ def group_at(position: int) -> RolloutGroup:
     return make_group(position, random.integers(1, 21, random.integers(1, 9)).tolist(), task=TASKS[position % 3])
 
 
-def rewards_of(group: RolloutGroup) -> Rewards:
+def scored(group: RolloutGroup) -> ScoredGroup:
     """Ties, uniform groups, failures, and a component that one task alone has."""
     position, task = group.prompt.sample.position, group.prompt.sample.task
     random = np.random.default_rng([7, position])
@@ -51,7 +54,11 @@ def rewards_of(group: RolloutGroup) -> Rewards:
                 failure=RewardFailure(kind="error", message="no verdict") if failed else None,
             )
         )
-    return tuple(rewards)
+    return ScoredGroup(group=group, rewards=tuple(rewards))
+
+
+def table_of(positions: Sequence[int], data: Group) -> RewardTable:
+    return gather_table([scored(group_at(position)) for position in positions], data, TASKS)
 
 
 def own_bits(positions: Sequence[int], data: Group) -> Bits:
@@ -59,20 +66,18 @@ def own_bits(positions: Sequence[int], data: Group) -> Bits:
 
     Every rank puts the rows of the table in an order of its own first, and back in the end.
     """
-    groups = [group_at(position) for position in positions]
-    table = gather_table(groups, [rewards_of(group) for group in groups], data, TASKS)
-    weights = [WEIGHTS[name] for name in table.component_names]
+    groups, table = [group_at(position) for position in positions], table_of(positions, data)
     order = np.random.default_rng([data.rank, data.size]).permutation(len(table.total))
-    columns = (np.array(table.task_names)[table.task][order], table.position[order])
+    back = np.argsort(order)
+    columns = ("position", "rollout", "task", "total", "components", "weights", "length", "peers")
+    mixed = replace(table, **{name: getattr(table, name)[order] for name in columns})
     found: Bits = {}
     for kind, options in CASES:
-        state: dict[str, object] = {}
+        state: Mapping[str, Any] = {}
         for step in (1, 2):
-            more = {"state": state} if keeps_state(kind) else {}
-            given = (step * table.total[order], *columns, kind, table.components[order], weights)
-            result = advantages(*given, lengths=table.length[order], options=options, **more)
-            state = dict(result.state)
-        back = np.argsort(order)
+            step_table = replace(mixed, total=step * mixed.total)
+            result = estimate(step_table, AdvantageConfig(kind=kind, options=options), state)
+            state = result.state
         parts = [part[back] for part in (result.values, result.uniform, result.tied, result.dropped)]
         found[f"{kind} {options}"] = {
             group.prompt.sample.position: (
@@ -115,8 +120,8 @@ def test_any_split_over_ranks_gives_the_same_bits(world: int) -> None:
 
 def test_the_table_has_all_that_may_differ() -> None:
     groups = [group_at(position) for position in POSITIONS]
-    table = gather_table(groups, [rewards_of(group) for group in groups], Group.single(), TASKS)
-    result = advantages(table.total, table.task, table.position)
+    table = table_of(POSITIONS, Group.single())
+    result = estimate(table, AdvantageConfig(), {})
     for flag in (result.uniform, result.tied, result.dropped):
         assert 5 < flag.sum() < len(flag) - 5
     assert np.isnan(table.components[~result.dropped]).any()

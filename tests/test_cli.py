@@ -124,6 +124,7 @@ def test_an_error_of_ours_has_no_traceback_and_any_other_has(finished, tmp_path)
     assert "ZeroDivisionError" in err
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one_job(finished, tmp_path):
     body = """
 import os
@@ -136,6 +137,7 @@ def train(config):
     assert "rank 1 of 2 2" in (tmp_path / "run/logs/rank-1.log").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("failure", "exit_code", "message"),
     [
@@ -157,6 +159,7 @@ def train(config):
     assert str(tmp_path / "run/logs/rank-1.log") in err
 
 
+@pytest.mark.slow
 def test_an_error_that_all_ranks_raise_is_told_once(finished, tmp_path):
     body = "from megatron_vlrl.errors import ModelError\ndef train(config): raise ModelError('no such folder')"
     code, out, err = finished(_train(tmp_path, "parallel.data=2"), body)
@@ -165,6 +168,7 @@ def test_an_error_that_all_ranks_raise_is_told_once(finished, tmp_path):
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_rank_0_has_the_terminal_and_ctrl_c_ends_all_quietly(command, tmp_path):
     body = f"""
 import os, pathlib, sys, time

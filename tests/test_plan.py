@@ -13,7 +13,7 @@ import pytest
 
 from megatron_vlrl.backends.devices import DEVICES, Device, parse_devices
 from megatron_vlrl.backends.layout import check_layout
-from megatron_vlrl.backends.memory import Training
+from megatron_vlrl.backends.memory import Training, fullest_rank
 from megatron_vlrl.backends.plan import GIB, USABLE, Layout, Plan, Work, make_plan
 from megatron_vlrl.cli import main
 from megatron_vlrl.config.load import keys
@@ -21,6 +21,7 @@ from megatron_vlrl.errors import ConfigError
 from megatron_vlrl.models.qwen3_vl.config import Qwen3VLSpec
 from megatron_vlrl.models.qwen3_vl.cost import group_cost, unit_costs
 from megatron_vlrl.models.qwen3_vl.sizes import SIZES, parameter_counts
+from megatron_vlrl.parallel.dims import ParallelDims
 from tests.groups import make_group
 from tests.spec import SPEC
 from tests.tiny import make_tiny
@@ -149,6 +150,25 @@ def test_an_interleaved_schedule_takes_whole_turns() -> None:
     ]
     assert layout.dims.virtual == 1  # as 4 of 3 microbatches would cost more than the bubble of 3
     assert layout.reasons[-1] == "bubble x1.33"
+
+
+def test_only_what_the_layout_check_allows_is_interleaved(monkeypatch: pytest.MonkeyPatch) -> None:
+    def strict(spec: Qwen3VLSpec, dims: ParallelDims) -> None:
+        check_layout(spec, dims)
+        if dims.virtual > 1:
+            raise ConfigError("not here (of all places)")
+
+    monkeypatch.setattr("megatron_vlrl.backends.plan.check_layout", strict)
+    assert {layout.dims.virtual for layout in plan(SIZES["qwen3-vl-8b"], "64xh200-141g").layouts} == {1}
+
+
+def test_memory_is_that_of_as_many_microbatches_as_there_are() -> None:
+    found = make_plan(SPEC, 4, of_memory(80), replace(TINY, prompts=2, budget=1), Training())
+    [layout] = [each for each in found.layouts if each.dims.pipeline == 4]
+    row = replace(TINY, budget=1).row(1)
+    assert layout.dims.virtual == 1  # 2 microbatches
+    assert layout.memory == fullest_rank(SPEC, layout.dims, row, layout.training, 2)
+    assert layout.memory.total < fullest_rank(SPEC, layout.dims, row, layout.training).total
 
 
 def test_interleaving_gives_way_to_memory() -> None:

@@ -78,11 +78,6 @@ class Chunk:
     vision_work: float
 
 
-def stage_of(layer: int, layers: int, dims: ParallelDims) -> int:
-    """The pipeline rank that holds a decoder layer (from 0)."""
-    return layer // (layers // (dims.pipeline * dims.virtual)) % dims.pipeline
-
-
 def chunk_layers(layers: int, dims: ParallelDims, stage: int, chunk: int) -> range:
     """The decoder layers of a chunk (from 0) of a pipeline rank: chunks are dealt out to the ranks in turn."""
     each = layers // (dims.pipeline * dims.virtual)
