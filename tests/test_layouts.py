@@ -142,7 +142,8 @@ def run(folder: Path, layout: Layout) -> tuple[dict[str, float], Measured, dict[
     }
     assert update.sums["tokens"] == len(reference.log_probs)
     assert update.maxima["top"] == pytest.approx(float(reference.log_probs.max()), rel=1e-5)
-    measured = rl_step(backend, folder, at_rate(0.01), microbatch_tokens=TOKENS[layout.cut], single=layout.single)
+    # A rate at which the second minibatch sees a policy that moved: its KL is then far above rounding of log-probs.
+    measured = rl_step(backend, folder, at_rate(0.03), microbatch_tokens=TOKENS[layout.cut], single=layout.single)
     for _ in range(2):
         assert backend.train_step(batches, token_loss, at_rate(1.0)).skipped is None
     weights = {name: weight.clone() for name, weight in backend.hf_weights()}
