@@ -152,7 +152,9 @@ class MegatronBackend:
 
         def loss(batch: Microbatch, log_probs: Tensor, entropies: Tensor) -> _LossOutput:
             value, report = token_loss(batch, log_probs, entropies)
-            return value, _ONE, {"sums": {"loss": value.detach(), **report.sums}, "maxima": report.maxima}
+            # What is reported outlives the backward pass, and must not keep its graph alive.
+            sums = {name: part.detach() for name, part in {"loss": value, **report.sums}.items()}
+            return value, _ONE, {"sums": sums, "maxima": {name: top.detach() for name, top in report.maxima.items()}}
 
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
