@@ -286,8 +286,9 @@ def test_openvlthinker_v2_drops_groups_and_shapes_lengths_and_entropies(warm, in
         waiting += groups["kept"] - 8
         assert sum(by_task(step, "effective_n").values()) == 8 * 4  # of the groups that are left, all teach something
         sides = by_task(step, "entropy_side")
+        assert set(sides) == set(by_task(step, "effective_n"))
         assert set(sides.values()) <= {-1.0, 0.0, 1.0}
-        assert set(sides.values()) != {0.0}
+        assert any(sides.values())
         assert set(by_task(step, "length")) == set(TASKS)
         assert not any(name.startswith("reference_kl") for name in step)
 
@@ -306,8 +307,8 @@ def test_the_ablations_of_table_4_run_small(name, warm, inputs, tmp_path):  # no
 def test_onethinker_scales_advantages_by_each_tasks_moving_average(warm, inputs, tmp_path):  # noqa: F811
     words = ["train.steps=2", "observe.rollouts_every=1", "observe.rollouts_kept=100"]
     first, second = small("onethinker_ema_grpo", warm, inputs, tmp_path, *words)
-    assert second["reference_kl"] > first["reference_kl"] > 0  # four updates a step, away from the frozen weights
-    assert (first["updates"], second["updates"]) == (4, 8)
+    assert first["updates"] > 1  # so that the step's later updates are away from the frozen weights
+    assert second["reference_kl"] > first["reference_kl"] > 0
     assert min(by_task(first, "filter")["wrong"], by_task(second, "filter")["wrong"]) > 0
     (state,) = (tmp_path / "checkpoints").glob(f"*/{STATE_FILE}")
     kept = json.loads(state.read_text())["algorithm"]["advantage"]
@@ -335,7 +336,7 @@ def test_the_ablations_of_table_9_run_small(name, warm, inputs, tmp_path):  # no
     words = [word for word in variants("onethinker_ema_grpo")[name] if not word.startswith("run.")]
     (step,) = small("onethinker_ema_grpo", warm, inputs, tmp_path, "train.steps=1", *words)
     assert step["skipped"] is None
-    assert step["updates"] == 4
+    assert step["reference_kl"] > 0
 
 
 @pytest.mark.slow
