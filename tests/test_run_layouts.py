@@ -79,6 +79,29 @@ def test_a_run_leaves_everything_it_promises(runs, layout):
     assert "<svg" in (folder / "report.html").read_text()
 
 
+PICTURE = (
+    *("reward", "accuracy", "format", "length", "failed", "response_length", "uniform", "tied", "effective_n"),
+    *("advantage", "advantage_var", "advantage_max", "advantage_p05", "advantage_p50", "advantage_p95"),
+    *("decided_accuracy", "decided_format", "decided_length", "entropy", "clip_fraction", "policy_kl"),
+    *("mismatch_kl", "importance", "importance_capped", "ratio_p01", "ratio_p99"),
+    *("mismatch_ratio_p01", "mismatch_ratio_p99"),
+)
+
+
+def test_every_task_has_its_picture_in_every_record(runs):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, _ = runs("tensor=2")
+    named = {f"{family}/{task}" for family in PICTURE for task in ("box", "count", "pick", "read", "sum")}
+    for step in records(folder):
+        assert not {name for name in named if step.get(name) is None}
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    assert not named - set(events.Tags()["scalars"])
+    page = (folder / "report.html").read_text()
+    assert not [heading for heading in ("ranks decided by", "effective N", "mismatch KL") if heading not in page]
+
+
 def test_the_screen_shows_a_line_a_step_and_ends_with_the_table(runs):
     _, end = runs("tensor=2")
     lines = end.out.splitlines()
