@@ -102,17 +102,28 @@ def renderer_and_sampling(folder: Path) -> tuple[Renderer, Sampling]:
 def hf_scores(
     folder: Path, groups: Sequence[RolloutGroup], sampling: Sampling
 ) -> tuple[Tensor, Tensor, Qwen3VLForConditionalGeneration]:
-    """Log-probs and entropies, with gradient, of padded rows through transformers in float64, and the model.
+    """`scores_of` the model in `folder`, and the model."""
+    model = hf_model(folder)
+    return *scores_of(model, groups, sampling), model
 
-    Positions are those of its own get_rope_index; a row's logits are divided by its rollout's temperature. float64, so
-    that what a layout is measured against has no rounding of its own.
-    """
+
+def hf_model(folder: Path) -> Qwen3VLForConditionalGeneration:
+    """In float64, so that what a layout is measured against has no rounding of its own."""
     from transformers import AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(
         folder, attn_implementation="sdpa", experts_implementation="eager"
     )
-    model = model.double().train()
+    return model.double().train()
+
+
+def scores_of(
+    model: Qwen3VLForConditionalGeneration, groups: Sequence[RolloutGroup], sampling: Sampling
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies, with gradient, of padded rows through transformers.
+
+    Positions are those of its own get_rope_index; a row's logits are divided by its rollout's temperature.
+    """
     rows = [(group.prompt, rollout) for group in groups for rollout in group.rollouts]
     longest = max(len(prompt.token_ids) + len(rollout.token_ids) for prompt, rollout in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -148,7 +159,7 @@ def hf_scores(
         part = log_softmax[row, start : start + len(rollout.token_ids)]
         picked.append(part.gather(1, torch.tensor(rollout.token_ids)[:, None])[:, 0])
         entropy.append(-(part.exp() * part).sum(-1))
-    return torch.cat(picked), torch.cat(entropy), model
+    return torch.cat(picked), torch.cat(entropy)
 
 
 def hf_reference(folder: Path, groups: Sequence[RolloutGroup], sampling: Sampling) -> Reference:

@@ -28,7 +28,7 @@ from megatron_vlrl.train.statistics import step_means, step_scalars
 from megatron_vlrl.train.update import Updater
 from megatron_vlrl.types import RewardBreakdown, RewardFailure, RolloutGroup, StepStats
 from tests.reference import hf_scores, make_groups, renderer_and_sampling
-from tests.test_update import one_each
+from tests.update_cases import one_each
 
 TASKS = ("above", "inside", "below", "absent")
 # By position, of the task `position % 3`. Even ones are more work: the first of two data ranks begins with them.

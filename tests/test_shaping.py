@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from megatron_vlrl.algorithms.shaping import entropy_sides, entropy_weights
+from megatron_vlrl.config.schema import AlgorithmConfig, EntropyConfig
 from megatron_vlrl.errors import ConfigError
+from megatron_vlrl.train.token_loss import entropy_surrogate, measured_entropy
 
 BANDS = {"high": (0.2, 0.6), "low": (0.2, 0.6), "inside": (0.2, 0.6), "edge": (0.5, 0.5), "absent": (0.2, 0.6)}
 
@@ -52,3 +54,23 @@ def test_split_into_microbatches_it_has_the_gradient_of_the_hinges() -> None:
         (weight * entropy[microbatch]).sum().backward()
     torch.testing.assert_close(entropy.grad, expected, rtol=1e-12, atol=0)
     assert len(set(expected.sign().tolist())) == 3
+
+
+@pytest.mark.parametrize("estimator", ["full", "nll", "score"])
+def test_expected_gradients_of_the_estimators(estimator: str) -> None:
+    """Over the policy's own words `full` and `score` have the entropy's gradient, and `nll` has none."""
+    algorithm = AlgorithmConfig(entropy=EntropyConfig(estimator=estimator))
+    draw = torch.Generator().manual_seed(2)
+    logits = (2 * torch.randn(7, generator=draw, dtype=torch.float64)).requires_grad_()
+    log_probs = logits.log_softmax(0)
+    entropy = -(log_probs.exp() * log_probs).sum()
+    surrogate = entropy_surrogate(log_probs, entropy.expand(7), algorithm)
+    share = log_probs.detach().exp()
+    (gradient,) = torch.autograd.grad((share * surrogate).sum(), logits, retain_graph=True)
+    (expected,) = torch.autograd.grad(entropy, logits, retain_graph=True)
+    assert expected.norm() > 0.1
+    torch.testing.assert_close(gradient, torch.zeros(7).double() if estimator == "nll" else expected)
+
+    measured = measured_entropy(log_probs, entropy.expand(7), algorithm)
+    torch.testing.assert_close((share * measured).sum(), entropy)
+    assert torch.equal(measured, -log_probs) == (estimator == "nll")
