@@ -20,6 +20,7 @@ from megatron_vlrl.checkpoint.export import export_model
 from megatron_vlrl.checkpoint.state import STATE_FILE, RunState, differences, summary
 from megatron_vlrl.checkpoint.store import CheckpointStore
 from megatron_vlrl.checkpoint.waiting import read_waiting, write_waiting
+from megatron_vlrl.config.checks import tasks_not_there
 from megatron_vlrl.config.load import dump
 from megatron_vlrl.config.schema import Config
 from megatron_vlrl.data.loader import PromptLoader, check_bad_samples
@@ -80,6 +81,8 @@ class Run:
             Path(config.data.train), seed=config.run.seed, weights=config.data.weights, rank=data.rank, world=data.size
         )
         self.tasks = stream.tasks
+        for note in tasks_not_there(config, self.tasks) if self.groups.is_main else ():
+            _log.warning(note)
         self.loader = PromptLoader(stream, self.renderer.render)
         self.cost = partial(group_cost, unit=unit_costs(self.renderer.spec))
         tokens = config.train.microbatch_tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_vlrl.config import checks
-from megatron_vlrl.config.checks import check, require
+from megatron_vlrl.config.checks import check, require, tasks_not_there
 from megatron_vlrl.config.load import keys, load
 from megatron_vlrl.config.schema import Config
 from megatron_vlrl.errors import ConfigError
@@ -84,3 +84,17 @@ def test_a_command_names_the_settings_it_needs():
     with pytest.raises(ConfigError, match=r"data\.train is empty"):
         require(load(None, ["model.path=x"]), "model.path", "data.train")
     require(load(None, ["model.path=x", "data.train=y"]), "model.path", "data.train")
+
+
+def test_settings_of_tasks_that_the_data_lacks_are_said() -> None:
+    config = load(
+        None,
+        [
+            "reward.length_bands={count: [0, 1, 2, 3], cuont: [0, 1, 2, 3]}",
+            "algorithm.entropy.bands={read: [0.2, 0.6]}",
+            "algorithm.kl.by_task={box: 0.1}",
+        ],
+    )
+    first, second = tasks_not_there(config, ("box", "count"))
+    assert first == "reward.length_bands names cuont, of which the data has nothing; its tasks are box, count"
+    assert "algorithm.entropy.bands names read" in second

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 from megatron_vlrl.config.load import keys
 from megatron_vlrl.config.schema import Config
@@ -239,6 +239,19 @@ CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     schedules,
     early_stop,
 )
+
+
+def tasks_not_there(config: Config, tasks: Collection[str]) -> Iterator[str]:
+    """Settings by task of tasks that the data does not have: no error, as data sets may share settings, but said."""
+    by_task: Mapping[str, Collection[str]] = {
+        "reward.length_bands": config.reward.length_bands,
+        "algorithm.entropy.bands": config.algorithm.entropy.bands,
+        "algorithm.kl.by_task": config.algorithm.kl.by_task,
+    }
+    for key, named in by_task.items():
+        missing = sorted(set(named) - set(tasks))
+        if missing:
+            yield f"{key} names {', '.join(missing)}, of which the data has nothing; its tasks are {', '.join(tasks)}"
 
 
 def check(config: Config) -> None:
