@@ -173,6 +173,26 @@ def test_more_groups_than_16_bits_hold() -> None:
     assert values.tolist() == [-0.5, 0.5] * 70_000
 
 
+@pytest.mark.parametrize("groups", [[0, 0, 1, 1, 0, 0, 1, 1], [0, 0, 1, 1, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1, 1, 2]])
+def test_a_group_need_not_be_in_one_place_nor_of_one_size(groups: list[int]) -> None:
+    rewards = np.random.default_rng(2).random(8)
+    order = np.argsort(groups, kind="stable")
+    sorted_values = advantages(rewards[order], [0] * 8, np.array(groups)[order], kind="dr_grpo").values
+    values = advantages(rewards, [0] * 8, groups, kind="dr_grpo").values
+    assert values[order].tolist() == sorted_values.tolist()
+    for group in set(groups):
+        members = np.equal(groups, group)
+        np.testing.assert_allclose(values[members], rewards[members] - rewards[members].mean(), atol=1e-15)
+
+
+@pytest.mark.parametrize("size", [64, 65])
+def test_scores_of_a_group_do_not_depend_on_how_large_another_is(size: int) -> None:
+    rewards = np.random.default_rng(4).random(size + 300)
+    groups = np.repeat([0, 1], [size, 300])
+    both = advantages(rewards, groups, groups, scope="group").values
+    assert both[:size].tolist() == _one_group(rewards[:size], scope="group").tolist()
+
+
 def test_groups_are_told_apart_within_tasks() -> None:
     rewards = [0.0, 1.0, 5.0, 9.0]
     shared = advantages(rewards, ["a", "a", "b", "b"], [7, 7, 7, 7])

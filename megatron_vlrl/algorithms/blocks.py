@@ -16,6 +16,8 @@ from scipy.special import ndtri
 
 from megatron_vlrl.algorithms.columns import Bools, Floats, Ints
 
+COMMON_SIZES = 64  # blocks up to this size look their normal scores up
+
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
@@ -31,7 +33,7 @@ class Blocks:
 
     def rows(self, each: NDArray[Any]) -> NDArray[Any]:
         """What each block has, for each of its rows: [B] -> [n]."""
-        return np.repeat(each, self.sizes)
+        return each.repeat(self.sizes)
 
     def sums(self, values: Floats) -> Floats:
         """Sum over each block: [n] -> float64[B]."""
@@ -60,7 +62,7 @@ class Blocks:
         noise of a float sum cannot split a tie, on whichever side of a rounding boundary it falls.
         """
         steps = _steps(self.values, tolerance)
-        begins = np.ones(len(steps), dtype=np.bool_)
+        begins = np.empty(len(steps), dtype=np.bool_)
         begins[1:] = _apart(steps[:-1], steps[1:], tolerance)
         begins[self.starts] = True
         return begins
@@ -81,7 +83,7 @@ def pair_ids(outer: Ints, inner: Ints) -> Ints:
 
 def ascending(values: Floats, kept: Bools) -> Ints:
     """Places of the kept values, the least first."""
-    order = np.argsort(values)
+    order = values.argsort()
     return order if kept.all() else order[kept[order]]
 
 
@@ -89,12 +91,43 @@ def sort_blocks(values: Floats, ids: Ints, order: Ints) -> Blocks:
     """Blocks, by ascending id, of the rows at the places `order`, in which the values ascend; ids of 0 or more."""
     top, shift = int(ids.max(initial=0)), 0
     while top >> shift:  # a radix sort: numpy sorts 16 bits in linear time, and keeps the order of equal ones
-        order = order[np.argsort((ids >> shift).astype(np.uint16)[order], kind="stable")]
+        order = order[(ids >> shift).astype(np.uint16)[order].argsort(kind="stable")]
         shift += 16
+    return _split(values, ids, order)
+
+
+def kept_blocks(values: Floats, ids: Ints, kept: Bools) -> Blocks:
+    """Blocks, by ascending id, of the kept rows; ids of 0 or more.
+
+    A step's table has prompt after prompt, each with as many answers: there it is enough to sort within each.
+    """
+    size = _run_length(ids)
+    if not size:
+        return sort_blocks(values, ids, ascending(values, kept))
+    starts = np.arange(0, len(ids), size)
+    order = (values.reshape(-1, size).argsort() + starts[:, None]).ravel()
+    if not kept.all():
+        return _split(values, ids, order[kept[order]])
+    return Blocks(order, values[order], starts, np.full(len(starts), size))
+
+
+def _run_length(ids: Ints) -> int:
+    """How many rows each block has, where the table has them block after block by ascending id, all alike; else 0."""
+    if not len(ids):
+        return 0
+    size = int((ids != ids[0]).argmax()) or len(ids)
+    heads = ids[::size]
+    alike = len(heads) * size == len(ids) and (heads[1:] > heads[:-1]).all() and (heads.repeat(size) == ids).all()
+    return size if alike else 0
+
+
+def _split(values: Floats, ids: Ints, order: Ints) -> Blocks:
+    """Blocks of the rows at the places `order`, which are in the order of their ids."""
     sorted_ids = ids[order]
-    first = np.ones(len(order), dtype=np.bool_)
+    first = np.empty(len(order), dtype=np.bool_)
+    first[:1] = True
     first[1:] = sorted_ids[1:] != sorted_ids[:-1]
-    starts = np.flatnonzero(first)
+    starts = first.nonzero()[0]
     return Blocks(order, values[order], starts, _lengths(starts, len(order)))
 
 
@@ -113,27 +146,40 @@ def gaussian_ranks(blocks: Blocks, fresh: Bools) -> Floats:
     score = _untied_scores(blocks)
     if fresh.all():
         return score
-    ties = np.flatnonzero(fresh)
+    ties = fresh.nonzero()[0]
     counts = _lengths(ties, len(fresh))
     mean = _sums(score, ties) / counts
     bounds = np.zeros(len(fresh) + 1, dtype=np.bool_)
     bounds[blocks.starts] = bounds[-1] = True
     mean[bounds[ties] & bounds[ties + counts]] = 0.0
-    return np.repeat(mean, counts)
+    return mean.repeat(counts)
 
 
 def _untied_scores(blocks: Blocks) -> Floats:
     """As if no two values were equal. Blocks of one size have the same scores, computed once."""
-    known = np.bincount(blocks.sizes)
-    sizes = np.flatnonzero(known)
-    begins = np.zeros(len(known), dtype=np.int64)  # of a size in the table
-    begins[sizes] = np.cumsum(sizes) - sizes
-    size = np.repeat(sizes, sizes)
-    # Twice the distance from the block's middle. Scores of the lower half, mirrored: exactly antisymmetric.
-    offset = 2 * (np.arange(len(size)) - np.repeat(begins[sizes], sizes)) + 1 - size
-    table: Floats = np.copysign(ndtri((size - np.abs(offset)) / (2.0 * size)), offset)
+    if blocks.sizes.max(initial=0) <= COMMON_SIZES:
+        table, begins = COMMON_SCORES
+    else:
+        table, begins = _normal_scores(np.bincount(blocks.sizes).nonzero()[0])
     places: Ints = np.arange(len(blocks.order)) - blocks.rows(blocks.starts - begins[blocks.sizes])
     return table[places]
+
+
+def _normal_scores(sizes: Ints) -> tuple[Floats, Ints]:
+    """(the normal scores of n untied values for one size n after the other, where those of a size begin).
+
+    sizes: n, ascending, at least one. float64[sum of sizes], int64[largest size + 1].
+    """
+    begins = np.zeros(int(sizes[-1]) + 1, dtype=np.int64)
+    begins[sizes] = np.cumsum(sizes) - sizes
+    size = sizes.repeat(sizes)
+    # Twice the distance from the block's middle. Scores of the lower half, mirrored: exactly antisymmetric.
+    offset = 2 * (np.arange(len(size)) - begins[size]) + 1 - size
+    scores: Floats = np.copysign(ndtri((size - np.abs(offset)) / (2.0 * size)), offset)
+    return scores, begins
+
+
+COMMON_SCORES = _normal_scores(np.arange(1, COMMON_SIZES + 1))
 
 
 def whiten(values: Floats, weights: Floats, eps: float) -> Floats:
@@ -157,14 +203,17 @@ def _sums(values: Floats, starts: Ints) -> Floats:
 
 def _lengths(starts: Ints, rows: int) -> Ints:
     lengths = np.empty_like(starts)
-    lengths[:-1] = starts[1:] - starts[:-1]
+    np.subtract(starts[1:], starts[:-1], out=lengths[:-1])
     lengths[-1:] = rows - starts[-1:]
     return lengths
 
 
 def _steps(values: Floats, tolerance: float) -> Floats:
-    return np.rint(values / tolerance) if tolerance > 0 else values
+    if tolerance == 0:
+        return values
+    steps = values / tolerance
+    return np.rint(steps, out=steps)
 
 
 def _apart(low: Floats, high: Floats, tolerance: float) -> Bools:
-    return np.asarray(high - low > (1 if tolerance > 0 else 0))
+    return np.asarray(high - low > (1.0 if tolerance > 0 else 0.0))

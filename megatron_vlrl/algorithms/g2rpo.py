@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_vlrl.algorithms.blocks import ascending, gaussian_ranks, shared, sort_blocks
+from megatron_vlrl.algorithms.blocks import ascending, gaussian_ranks, kept_blocks, shared, sort_blocks
 from megatron_vlrl.algorithms.columns import (
     Bools,
     Floats,
@@ -79,8 +79,7 @@ def _first_ranks(
     values: Floats, dropped: Bools, ids: tuple[Ints, Ints], scope: str, tie_tol: float, exclude: bool
 ) -> AdvantageResult:
     """Normal scores of what the scope ranks first, with the flags. ids: of groups and of tasks, int64[N]."""
-    order = ascending(values, ~dropped)
-    groups = sort_blocks(values, ids[0], order)
+    groups = kept_blocks(values, ids[0], ~dropped)
     result = blank_result(dropped)
     result.uniform[groups.order] = groups.rows(groups.uniform(tie_tol))
     ranked = ~(dropped | result.uniform) if exclude else ~dropped
@@ -89,11 +88,11 @@ def _first_ranks(
         centered[groups.order] = groups.centered()
         blocks = sort_blocks(centered, ids[1], ascending(centered, ranked))
     else:
-        blocks = sort_blocks(values, ids[1], order[ranked[order]]) if scope == "task" else groups
+        blocks = sort_blocks(values, ids[1], ascending(values, ranked)) if scope == "task" else groups
     fresh = blocks.fresh(tie_tol)
     result.values[blocks.order] = gaussian_ranks(blocks, fresh)  # 0 where a group is uniform
     result.tied[blocks.order] = shared(fresh)
-    result.tied[~ranked] = False
+    np.logical_and(result.tied, ranked, out=result.tied)
     return result
 
 

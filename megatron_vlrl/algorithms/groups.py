@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_vlrl.algorithms.blocks import Blocks, ascending, from_zero, pair_ids, shared, sort_blocks
+from megatron_vlrl.algorithms.blocks import Blocks, from_zero, kept_blocks, pair_ids, shared
 from megatron_vlrl.algorithms.columns import Bools, Floats, Ints, RewardColumns, require_tolerance, settle_invalid
 from megatron_vlrl.types import AdvantageResult
 
 
 def block_ids(columns: RewardColumns) -> tuple[Ints, Ints]:
-    """(one id for each group, in the order of tasks and then of groups; one for each task), int64[N], 0 or more."""
+    """(one id for each group, ascending if the groups' ids are; one for each task), int64[N], 0 or more."""
     tasks = from_zero(columns.tasks)
-    return pair_ids(tasks, from_zero(columns.groups)), tasks
+    return pair_ids(from_zero(columns.groups), tasks), tasks
 
 
 def reward_groups(columns: RewardColumns, invalid_reward: str, tie_tol: float) -> tuple[Blocks, AdvantageResult]:
@@ -26,7 +26,7 @@ def reward_groups(columns: RewardColumns, invalid_reward: str, tie_tol: float) -
     """
     require_tolerance(tie_tol)
     columns, dropped = settle_invalid(columns, invalid_reward)
-    groups = sort_blocks(columns.rewards, block_ids(columns)[0], ascending(columns.rewards, ~dropped))
+    groups = kept_blocks(columns.rewards, block_ids(columns)[0], ~dropped)
     result = blank_result(dropped)
     uniform = groups.rows(groups.uniform(tie_tol))
     result.uniform[groups.order] = uniform
