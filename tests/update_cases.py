@@ -100,12 +100,12 @@ TWICE = ("clip_higher", "token_tis", "sequence_mask", "all terms", "all of respo
 
 
 def bands_around(measured: Mapping[str, float]) -> dict[str, tuple[float, float]]:
-    """Half a nat off the tasks' means, and so that each lies where its name says."""
+    """A fifth of a nat off the tasks' means, and so that each lies where its name says."""
     above, inside, below = (measured[name] for name in TASKS[:3])
     return {
-        "above": (0.0, above - 0.5),
-        "inside": (inside - 0.5, inside + 0.5),
-        "below": (below + 0.5, below + 1.0),
+        "above": (0.0, above - 0.2),
+        "inside": (inside - 0.2, inside + 0.2),
+        "below": (below + 0.2, below + 1.0),
         "absent": (0.1, 0.2),
     }
 
