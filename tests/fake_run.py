@@ -86,7 +86,7 @@ def stats(
     scalars = {"grad_norm": grad_norm * draw.uniform(0.5, 1.5), "lr": 3e-4 * (1 - step / 200), "mismatch_max": 3e-5}
     if grad_norm >= 3:
         scalars["grad_norm"] = grad_norm
-    seconds = {"rollout": 0.7, "reward": 0.003, "pack": 0.02, "update": 0.9, "sync": 0.04, "checkpoint": 0.1}
+    seconds = {"rollout": 0.7, "reward": 0.003, "score": 0.02, "update": 0.9, "sync": 0.04, "checkpoint": 0.1}
     seconds = {name: value * draw.uniform(0.8, 1.3) for name, value in seconds.items()}
     return StepStats(step=step, means=means, scalars=scalars, seconds=seconds, skipped=skipped)
 

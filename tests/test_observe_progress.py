@@ -69,7 +69,7 @@ def test_line_shows_the_values_and_the_reason_of_a_skip() -> None:
         step=7,
         means=means,
         scalars={"grad_norm": 2.5},
-        seconds={"rollout": 1.5, "pack": 0.25, "sync": 0.5},
+        seconds={"rollout": 1.5, "score": 0.25, "sync": 0.5},
         skipped="no\nusable group",
     )
     parts = lines.line(step).split("|")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from megatron_vlrl.algorithms.losses import MAX_LOG_RATIO, require_same_shape
@@ -43,7 +44,7 @@ def k3(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
     require_same_shape(log_probs, reference_log_probs)
     # Only upwards: far below, exp gives 0, and the gradient that pulls the policy back remains.
     log_ratio = (reference_log_probs - log_probs).clamp(max=MAX_LOG_RATIO)
-    return log_ratio.exp() - 1.0 - log_ratio
+    return torch.expm1(log_ratio) - log_ratio  # of near policies, where exp(x) - 1 would be rounding
 
 
 ESTIMATORS: dict[str, Estimator] = {"k1": k1, "k2": k2, "k3": k3}

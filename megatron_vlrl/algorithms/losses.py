@@ -194,7 +194,7 @@ def _ratios(
     require_same_shape(log_probs, old_log_probs, advantages, sequences)
     log_ratio = (log_probs - old_log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
-    return ratio, {"policy_kl": (ratio - 1.0 - log_ratio).detach()}
+    return ratio, {"policy_kl": (torch.expm1(log_ratio) - log_ratio).detach()}
 
 
 def _clip(ratio: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:

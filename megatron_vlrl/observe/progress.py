@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from megatron_vlrl.types import StepStats
 
-STAGES = ("rollout", "reward", "pack", "update", "sync")
+STAGES = ("rollout", "reward", "score", "update", "sync")
 _COLUMNS = (("length", "response_length"), ("entropy", "entropy"), ("KL", "mismatch_kl"), ("grad", "grad_norm"))
 _HEADER_EVERY = 20
 _WIDTH = 7
