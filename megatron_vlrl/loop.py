@@ -88,8 +88,7 @@ class Run:
         tokens = config.train.microbatch_tokens
         self.updater = Updater(backend=self.backend, task_names=self.tasks, microbatch_tokens=tokens, cost=self.cost)
         self.store = CheckpointStore(self.folder / "checkpoints", keep=config.checkpoint.keep, world=self.groups.world)
-        self.buffer = GroupBuffer()
-        self.updates, self.finished = 0, False
+        self.buffer, self.updates, self.finished = GroupBuffer(), 0, False
         self.bad: dict[str, str] = {}  # samples skipped so far, over all data ranks: key -> why
         self.advantage_state: Mapping[str, Any] = {}
         self.done = self._resume()
@@ -193,10 +192,11 @@ class Run:
         ).to_dict()
 
         def write(folder: Path) -> Saving | None:
+            saving = self.backend.save(folder, asynchronous=self.config.checkpoint.asynchronous)
             if self.groups.is_main:
                 (folder / STATE_FILE).write_text(json.dumps(record), encoding="utf-8")
             write_waiting(folder, self.buffer.own, self.groups)
-            return self.backend.save(folder, asynchronous=self.config.checkpoint.asynchronous)
+            return saving
 
         self.store.save(self.done, write, layout=asdict(self.groups.dims))
 
