@@ -7,6 +7,7 @@ config, tokenizer, processor and generation settings, in `weights.json` the shap
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import shutil
 from collections import Counter
@@ -35,7 +36,7 @@ from megatron_vlrl.models.qwen3_vl.names import as_stored, hf_shapes
 from megatron_vlrl.parallel.dims import ParallelDims
 
 SETTINGS_FOLDER, INFOS_FILE = "hf", "weights.json"
-_HASHERS = 4  # threads; files are hashed side by side
+_HASHERS = min(4, max(1, (os.cpu_count() or 1) - 1))  # threads, beside the one that reads and writes
 _LISTED = 5  # tensors named in an error
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # a run in float32 holds each exactly
 
