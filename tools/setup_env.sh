@@ -107,7 +107,7 @@ fi
 started=$SECONDS
 make_venv
 rm -f "$stamp"
-extras="cpu,examples${dev:+,test,dev}"
+extras="cpu,examples${dev:+,s3,test,dev}"
 say "installing torch"
 pip_install setuptools torch # first and alone: whatever comes later finds it there and leaves it
 say "installing megatron-vlrl[$extras]"

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from megatron_vlrl.backends.protocol import TokenScores, UpdateResult
 from megatron_vlrl.data.manifest import load, load_index
+from megatron_vlrl.data.objects import open_store
 from megatron_vlrl.packing import Microbatch
 from megatron_vlrl.train.minibatches import TrainGroup
 from megatron_vlrl.types import AdvantageResult, Prompt, RewardBreakdown, RewardTable, RolloutGroup, Sample, StepStats
@@ -40,8 +41,9 @@ def span(place: tuple[int, int]) -> str:
 
 def of_shard(folder: Path, sample: Sample) -> str:
     """Where the sample lies in its tar file, and the members there."""
-    manifest = load(folder)
-    index = load_index(folder, manifest)
+    store = open_store(folder)
+    manifest, _ = load(store)
+    index = load_index(store, manifest)
     number = next(i for i in range(len(index)) if index.key(i) == sample.key)
     shard = manifest.shards[int(index.shard[number])].name
     start, size = int(index.offset[number]), int(index.size[number])

@@ -21,16 +21,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prepare.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of the shards; new or empty")
     prepare.add_argument("--samples-per-shard", type=int, default=1000, metavar="N", help="default 1000")
     verify = actions.add_parser("verify", help="hash every file again and compare with the manifest")
-    verify.add_argument("folder", type=Path, metavar="FOLDER")
+    verify.add_argument("folder", metavar="FOLDER", help="or s3://BUCKET/PREFIX")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prepare or verify, and print what the folder holds; the exit code."""
     from megatron_vlrl.data.manifest import verify
+    from megatron_vlrl.data.objects import open_store
     from megatron_vlrl.data.prepare import prepare
 
     if arguments.action == "verify":
-        print(_summary(arguments.folder, verify(arguments.folder)))
+        print(_summary(arguments.folder, verify(open_store(arguments.folder))))
         return 0
     manifest = prepare(arguments.jsonl, arguments.images, arguments.out, arguments.samples_per_shard, check=_check_gold)
     print(_summary(arguments.out, manifest))
@@ -43,7 +44,7 @@ def _check_gold(task: str, answer: Any) -> None:
     resolve(task).check_gold(answer)
 
 
-def _summary(folder: Path, manifest: Manifest) -> str:
+def _summary(folder: str | Path, manifest: Manifest) -> str:
     size = sum(entry.size for entry in manifest.shards)
     tasks = ", ".join(f"{task} {count}" for task, count in manifest.tasks.items())
     return f"{folder}: {manifest.samples} samples in {len(manifest.shards)} shards, {size / 1e6:.1f} MB ({tasks})"

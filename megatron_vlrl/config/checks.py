@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 
 from megatron_vlrl.config.load import keys
+from megatron_vlrl.config.locations import why_no_location
 from megatron_vlrl.config.schema import Config
 from megatron_vlrl.config.stepwise import why_not_stepwise
 from megatron_vlrl.errors import ConfigError
@@ -99,6 +100,13 @@ def names_given(config: Config) -> Iterator[str]:
     for key in ("run.name", "run.folder", "run.resume", "model.backend", "rollout.engine"):
         if not value_of(config, key):
             yield f"{key} is empty; leave it out for its default, or give one"
+
+
+def places_of_shards(config: Config) -> Iterator[str]:
+    """Folders and URLs of shards are such as can be read, and hold no credentials."""
+    for key, where in (("data.train", config.data.train), ("evaluate.data", config.evaluate.data)):
+        if problem := why_no_location(where):
+            yield f"{key}: {problem}"
 
 
 def prompts_over_ranks(config: Config) -> Iterator[str]:
@@ -227,6 +235,7 @@ CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     smallest_values,
     shares,
     names_given,
+    places_of_shards,
     prompts_over_ranks,
     mixture,
     reward_weights,

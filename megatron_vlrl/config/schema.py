@@ -54,7 +54,7 @@ class ParallelConfig:
 class DataConfig:
     """Where samples come from."""
 
-    train: str = ""  # folder of webdataset shards with a manifest
+    train: str = ""  # folder or s3:// prefix of webdataset shards with a manifest
     weights: Mapping[str, float] = field(default_factory=dict)  # mixture by task; empty: all tasks alike
     prompts_per_step: int = 8  # over all data-parallel ranks
     max_prompt_tokens: int = 4096  # vision tokens included
@@ -186,7 +186,7 @@ class CheckpointConfig:
 class EvaluateConfig:
     """Accuracy on shards, before, during or after training; never disturbs the run's random state."""
 
-    data: str = ""  # folder of shards; empty: no evaluation
+    data: str = ""  # folder or s3:// prefix of shards; empty: no evaluation
     per_task: int = 128  # items of each task, the first ones
     temperature: float = 0.0  # 0: greedy
     every: int = 0  # steps; 0: only before and after

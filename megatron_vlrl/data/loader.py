@@ -72,12 +72,12 @@ def check_bad_samples(bad: Mapping[str, str], limit: int) -> None:
     raise DataError("\n".join([head, *lines, *more, fix]))
 
 
-def held_out(folder: Path, per_task: int) -> list[Sample]:
+def held_out(where: str | Path, per_task: int) -> list[Sample]:
     """The first `per_task` samples of each task, in the order they were prepared; `position` is their number there.
 
     A damaged one raises its SampleError: an evaluation that skips items measures something else.
     """
-    reader = ShardReader(folder)
+    reader = ShardReader(where)
     taken: Counter[int] = Counter()
     samples = []
     for number, task in enumerate(reader.index.task.tolist()):

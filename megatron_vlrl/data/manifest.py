@@ -1,11 +1,12 @@
 """What a folder of shards holds: `manifest.json` (files, sizes, hashes, tasks) and `index.npz` (each sample's place).
 
-In: a folder that `data.prepare` wrote. Out: a `Manifest` and an `Index`, checked against what lies on disk.
+In: the store of a folder that `data.prepare` wrote. Out: a `Manifest` and an `Index`, checked against what lies there.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import zipfile
 from collections.abc import Mapping
@@ -16,9 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_vlrl.data.objects import ObjectInfo, ObjectStore
 from megatron_vlrl.errors import DataError
 
 VERSION = 1
+PIECE = 1 << 23  # bytes that are hashed at a time
 MANIFEST = "manifest.json"
 INDEX = "index.npz"
 COMMAND = "megatron-vlrl data prepare --jsonl FILE --images DIR --out DIR --samples-per-shard N"
@@ -93,28 +96,34 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def load(folder: Path) -> Manifest:
-    """Read the manifest and compare every file's size with it. Raises DataError with the fix."""
-    if not folder.is_dir():
-        raise DataError(f"no folder {folder}; make one with: {COMMAND}")
-    if not (folder / MANIFEST).is_file():
-        held = f"{len(list(folder.glob('*.tar')))} tar files" if any(folder.glob("*.tar")) else "no shards"
-        raise DataError(f"{folder} holds {held} but no {MANIFEST}, so it was not made by: {COMMAND}")
-    manifest = _parse(folder / MANIFEST)
+def load(store: ObjectStore) -> tuple[Manifest, dict[str, ObjectInfo]]:
+    """Read the manifest and compare every file's size with it. Raises DataError with the fix.
+
+    The second is what each file is now, by name: what it must still be when it is read.
+    """
+    found = store.list()
+    if not found:
+        raise DataError(f"there is nothing at {store.url}; make shards with: {COMMAND}")
+    if MANIFEST not in found:
+        tars = sum(name.endswith(".tar") for name in found)
+        held = f"{tars} tar files" if tars else "no shards"
+        raise DataError(f"{store.url} holds {held} but no {MANIFEST}, so it was not made by: {COMMAND}")
+    manifest = _parse(store)
     if not manifest.samples or not manifest.shards:
-        raise DataError(f"{folder} holds no samples; make it again with: {COMMAND}")
+        raise DataError(f"{store.url} holds no samples; make it again with: {COMMAND}")
     for entry in (*manifest.shards, manifest.index):
-        _check_size(folder, entry)
-    return manifest
+        _check_size(store, entry, found)
+    return manifest, {entry.name: found[entry.name] for entry in (*manifest.shards, manifest.index)}
 
 
-def load_index(folder: Path, manifest: Manifest) -> Index:
+def load_index(store: ObjectStore, manifest: Manifest) -> Index:
     """Read the index. Raises DataError where it is not the one the manifest names, or points outside its shards."""
-    path = folder / manifest.index.name
-    if sha256_file(path) != manifest.index.sha256:
+    path = f"{store.url}/{manifest.index.name}"
+    data = store.read_all(manifest.index.name)
+    if hashlib.sha256(data).hexdigest() != manifest.index.sha256:
         raise DataError(f"{path} is not the file that {MANIFEST} describes (SHA-256 differs); prepare the shards again")
     try:
-        with np.load(path, allow_pickle=False) as columns:
+        with np.load(io.BytesIO(data), allow_pickle=False) as columns:
             index = Index(**{f.name: columns[f.name] for f in fields(Index)})
     except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} cannot be read as an index: {error}; prepare the shards again") from error
@@ -131,28 +140,41 @@ def load_index(folder: Path, manifest: Manifest) -> Index:
     return index
 
 
-def verify(folder: Path) -> Manifest:
+def verify(store: ObjectStore) -> Manifest:
     """Hash every file again. Raises DataError naming all that differ from the manifest."""
-    manifest = load(folder)
-    bad = [e.name for e in (*manifest.shards, manifest.index) if sha256_file(folder / e.name) != e.sha256]
+    manifest, found = load(store)
+    bad = [
+        entry.name
+        for entry in (*manifest.shards, manifest.index)
+        if _sha256(store, entry.name, found[entry.name]) != entry.sha256
+    ]
     if bad:
-        raise DataError(f"{folder}: SHA-256 differs for {', '.join(bad)}; copy them again, or run: {COMMAND}")
-    load_index(folder, manifest)
+        raise DataError(f"{store.url}: SHA-256 differs for {', '.join(bad)}; copy them again, or run: {COMMAND}")
+    load_index(store, manifest)
     return manifest
 
 
-def _check_size(folder: Path, entry: FileEntry) -> None:
-    path = folder / entry.name
-    if not path.is_file():
+def _sha256(store: ObjectStore, name: str, info: ObjectInfo) -> str:
+    digest = hashlib.sha256()
+    for start in range(0, info.size, PIECE):
+        digest.update(store.read(name, start, min(PIECE, info.size - start), info))
+    return digest.hexdigest()
+
+
+def _check_size(store: ObjectStore, entry: FileEntry, found: Mapping[str, ObjectInfo]) -> None:
+    path = f"{store.url}/{entry.name}"
+    if entry.name not in found:
         raise DataError(f"{path} is missing, though {MANIFEST} names it; copy the whole folder again")
-    if path.stat().st_size != entry.size:
-        found = path.stat().st_size
-        raise DataError(f"{path} has {found} bytes where {MANIFEST} says {entry.size}; cut short? copy it again")
+    if found[entry.name].size != entry.size:
+        raise DataError(
+            f"{path} has {found[entry.name]} where {MANIFEST} says {entry.size} bytes; cut short? copy it again"
+        )
 
 
-def _parse(path: Path) -> Manifest:
+def _parse(store: ObjectStore) -> Manifest:
+    path = f"{store.url}/{MANIFEST}"
     try:
-        raw = json.loads(path.read_bytes())
+        raw = json.loads(store.read_all(MANIFEST))
         version = raw["version"]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is not a manifest of this program ({error!r}); make one with: {COMMAND}") from error

@@ -1,4 +1,4 @@
-"""Bytes of a tar shard <-> one sample: writes members with webdataset, reads them back by seeking.
+"""Bytes of a tar shard <-> one sample: writes members with webdataset, reads them back from their place alone.
 
 A sample is a run of neighbouring members: `KEY.0.png`, `KEY.1.jpg`, ..., `KEY.v0.f0.png` (frame 0 of video 0), ... and
 `KEY.json`, whose `images` and `videos` name these.
@@ -17,7 +17,7 @@ from types import TracebackType
 
 from megatron_vlrl.data.manifest import FileEntry
 from megatron_vlrl.data.record import Row, dump_row, make_sample, parse_row
-from megatron_vlrl.errors import DataError, SampleError
+from megatron_vlrl.errors import DataError
 from megatron_vlrl.types import Sample
 
 IMAGE_TYPES = ("png", "jpg", "jpeg", "webp")
@@ -96,21 +96,8 @@ def _member_names(row: Row, suffixes: Sequence[str]) -> Row:
     return replace(row, images=images, videos=videos)
 
 
-def read_sample(path: Path, *, key: str, offset: int, size: int, position: int) -> Sample:
-    """Read one sample by its place in a shard. Raises SampleError (this one is bad) or DataError (no such file)."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(offset)
-            block = file.read(size)
-    except OSError as error:
-        raise DataError(f"cannot read shard {path}: {error}") from error
-    try:
-        return _sample(block, key, position)
-    except DataError as error:
-        raise SampleError(key, f"{path.name} at byte {offset}: {error}") from error
-
-
-def _sample(block: bytes, key: str, position: int) -> Sample:
+def parse_sample(block: bytes, key: str, position: int) -> Sample:
+    """The sample whose members, headers included, are `block`. Raises DataError where it is not sample `key`, whole."""
     members = dict(_members(block, key))
     if "json" not in members:
         raise DataError(f"no member {key}.json")

@@ -1,6 +1,7 @@
 """Shards -> this rank's samples, in the global order, resumable at any position.
 
-In: a folder with manifest and index, seed, mixture weights, rank and world (of the data-parallel group). Out: Samples.
+In: a folder or `s3://` prefix with manifest and index, seed, mixture weights, rank and world (of the data-parallel
+group). Out: Samples.
 All ranks hold the same cursor; position p belongs to rank p % world, so what all ranks together read does not
 depend on how many they are, and a run may go on with another number.
 """
@@ -14,42 +15,46 @@ from typing import Any
 import numpy as np
 
 from megatron_vlrl.data.manifest import load, load_index
+from megatron_vlrl.data.objects import open_store
 from megatron_vlrl.data.order import GlobalOrder, mixture_rates
-from megatron_vlrl.data.shard import read_sample
+from megatron_vlrl.data.shard import parse_sample
 from megatron_vlrl.errors import DataError, SampleError
 from megatron_vlrl.types import Sample
 
 
 class ShardReader:
-    """The samples of a folder by number, 0 to len - 1, in the order they were prepared."""
+    """The samples of a folder or `s3://` prefix by number, 0 to len - 1, in the order they were prepared."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.manifest = load(folder)
-        self.index = load_index(folder, self.manifest)
+    def __init__(self, where: str | Path) -> None:
+        self._store = open_store(where)
+        self.manifest, self._infos = load(self._store)
+        self.index = load_index(self._store, self.manifest)
 
     def __len__(self) -> int:
         return len(self.index)
 
     def read(self, number: int, position: int) -> Sample:
-        """Read sample `number` and mark it with `position`. Raises SampleError if it is damaged."""
-        path = self.folder / self.manifest.shards[int(self.index.shard[number])].name
-        return read_sample(
-            path,
-            key=self.index.key(number),
-            offset=int(self.index.offset[number]),
-            size=int(self.index.size[number]),
-            position=position,
-        )
+        """Read sample `number` and mark it with `position`: one range of bytes of its shard.
+
+        Raises SampleError if it is damaged, DataError if its shard cannot be read or is not what it was at the start.
+        """
+        shard = self.manifest.shards[int(self.index.shard[number])].name
+        offset, size = int(self.index.offset[number]), int(self.index.size[number])
+        block = self._store.read(shard, offset, size, self._infos[shard])
+        key = self.index.key(number)
+        try:
+            return parse_sample(block, key, position)
+        except DataError as error:
+            raise SampleError(key, f"{shard} at byte {offset}: {error}") from error
 
 
 class SampleStream:
     """An endless stream over the mixture; `position` of a sample is its place in the global order."""
 
-    def __init__(self, folder: Path, *, seed: int, weights: Mapping[str, float], rank: int, world: int) -> None:
+    def __init__(self, where: str | Path, *, seed: int, weights: Mapping[str, float], rank: int, world: int) -> None:
         if not 0 <= rank < world:
             raise DataError(f"rank {rank} is not in 0..{world - 1}")
-        self._reader = ShardReader(folder)
+        self._reader = ShardReader(where)
         tasks = list(self._reader.manifest.tasks)
         rates = mixture_rates(tasks, weights)
         numbers = self._reader.index.task

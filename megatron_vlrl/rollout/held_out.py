@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from megatron_vlrl.config.schema import Config
 from megatron_vlrl.data.loader import held_out
@@ -25,7 +24,7 @@ class HeldOut:
 
     def __init__(self, config: Config, renderer: Renderer, groups: ProcessGroups, engine: Engine | None = None) -> None:
         self.engine = engine if engine and engine.needs_weights else make_engine(judge_config(config), renderer)
-        samples = held_out(Path(config.evaluate.data), config.evaluate.per_task) if config.evaluate.data else []
+        samples = held_out(config.evaluate.data, config.evaluate.per_task) if config.evaluate.data else []
         self._prompts = [renderer.render(sample) for sample in samples]
         sampling = sampling_for(config.rollout, renderer, seed=config.run.seed)
         self.sampling = replace(sampling, n=1, temperature=config.evaluate.temperature)

@@ -77,7 +77,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature(role="rollout", name="vllm", needs=("torch", "vllm"), install=_VLLM_INSTALL, shipped=False),
     Feature(role="data", name="shards on disk", needs=("webdataset",), install="pip install megatron-vlrl"),
     Feature(
-        role="data", name="shards on S3", needs=("obstore",), install="pip install 'megatron-vlrl[s3]'", shipped=False
+        role="data", name="shards on S3", needs=("webdataset", "obstore"), install="pip install 'megatron-vlrl[s3]'"
     ),
     Feature(
         role="data", name="DALI decoding", needs=("DALI",), install="pip install 'megatron-vlrl[dali]'", shipped=False
