@@ -66,7 +66,10 @@ def seconds(call: Callable[..., object], tables: Sequence[Table]) -> float:
 
 def measure(tables: Sequence[Table], rounds: int) -> dict[str, list[float]]:
     """CPU seconds of the lexsort and of each scope in each round but the first."""
-    calls = {"lexsort": lexsort, **{scope: partial(advantages, scope=scope) for scope in LIMITS}}
+    calls: dict[str, Callable[..., object]] = {
+        "lexsort": lexsort,
+        **{scope: partial(advantages, scope=scope) for scope in LIMITS},
+    }
     names = list(calls)
     taken: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds + 1):
