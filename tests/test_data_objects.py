@@ -15,7 +15,7 @@ from megatron_vlrl.config.load import load as load_config
 from megatron_vlrl.data import manifest as manifests
 from megatron_vlrl.data import objects
 from megatron_vlrl.data.loader import held_out
-from megatron_vlrl.data.objects import ObjectInfo, Patience, open_store, remote
+from megatron_vlrl.data.objects import ObjectInfo, Patience, effort, open_store, remote
 from megatron_vlrl.data.objects.effort import pause_before
 from megatron_vlrl.data.objects.failures import diagnose
 from megatron_vlrl.data.stream import SampleStream
@@ -106,6 +106,18 @@ def test_pauses_double_up_to_the_longest_and_are_random():
         pauses = [pause_before(streak, patience) for _ in range(50)]
         assert all(ceiling / 2 <= pause <= ceiling for pause in pauses)
         assert len(set(pauses)) > 40
+
+
+def test_pauses_are_short_again_after_bytes_have_come(monkeypatch):
+    pauses: list[float] = []
+    monkeypatch.setattr(effort.time, "sleep", pauses.append)
+    one = effort.Effort("a", Patience(first_pause=0.1, longest_pause=5))
+    for _ in range(6):
+        one.failed("cut")
+    one.progress()
+    one.failed("cut")
+    assert pauses[-2] >= 1.6
+    assert pauses[-1] <= 0.1
 
 
 def test_waiting_leaves_the_random_state_of_the_run_alone():
