@@ -62,7 +62,7 @@ def step(folder: Path, backend: Backend) -> float:
     renderer, _ = renderer_and_sampling(folder)
     data = backend.groups.data
     row = pack(make_groups(renderer)[data.rank :: data.size], multiple=backend.groups.tensor.size)
-    return backend.train_step([row], surprise, OptimizerStep.of(OPTIMIZER, lr=1e-3)).sums["loss"]
+    return float(backend.train_step([row], surprise, OptimizerStep.of(OPTIMIZER, lr=1e-3)).sums["loss"])
 
 
 def shards(backend: MegatronBackend) -> Iterator[tuple[str, nn.Parameter, int, Any, dict[str, Any], dict[str, Tensor]]]:
