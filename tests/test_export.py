@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -220,6 +224,26 @@ def test_a_full_disk_keeps_the_old_export(source, tmp_path):
         assert [path.name for path in disk.iterdir()] == ["out"]
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("reason", [errno.EOPNOTSUPP, errno.ENOSPC, errno.EDQUOT], ids=errno.errorcode.get)
+def test_room_is_asked_for_before_anything_is_written(source, tmp_path, monkeypatch, reason):
+    """The disk may be unable to set room aside, or have none left."""
+
+    def refuse(*_: int) -> int:
+        ctypes.set_errno(reason)
+        return -1
+
+    export_hf(tmp_path / "room", source, iter(changed().items()), shard_bytes=600)
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: SimpleNamespace(fallocate=refuse))
+    weights = iter(changed().items())
+    if reason == errno.EOPNOTSUPP:
+        export_hf(tmp_path / "none", source, weights, shard_bytes=600)
+        assert folder_bytes(tmp_path / "none") == folder_bytes(tmp_path / "room")
+    else:
+        with pytest.raises(CheckpointError, match=rf"could not be exported.*{os.strerror(reason)}.*free space"):
+            export_hf(tmp_path / "none", source, weights, shard_bytes=600)
+        assert not (tmp_path / "none").exists()
 
 
 def test_reading_is_lazy_and_headers_need_no_torch(source):

@@ -6,7 +6,11 @@ index. The headers are written first, from the shapes; each tensor then goes str
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import json
+import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -77,7 +81,7 @@ def _file_names(count: int) -> list[str]:
 
 
 def _begin(file: BinaryIO, names: list[str], expected: Mapping[str, TensorInfo]) -> dict[str, int]:
-    """Write the header of one file and give it its full length; where each tensor starts.
+    """Write the header of one file and make room for the rest; where each tensor starts.
 
     Wide numbers come first, as the format's own library has it, so that every tensor is aligned to its dtype.
     """
@@ -95,8 +99,21 @@ def _begin(file: BinaryIO, names: list[str], expected: Mapping[str, TensorInfo])
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % _ALIGNMENT)
     file.write(len(raw).to_bytes(8, "little") + raw)
-    file.truncate(8 + len(raw) + end)
+    _make_room(file.fileno(), 8 + len(raw) + end)
     return {name: 8 + len(raw) + start for name, start in starts.items()}
+
+
+def _make_room(file: int, size: int) -> None:
+    """Have the disk set aside what a file will take, where it can: it is cheaper to fill, and a lack shows at once."""
+    if sys.platform != "linux":
+        return
+    # Not os.posix_fallocate: where the file system cannot, that one writes to every single block.
+    allocate = ctypes.CDLL(None, use_errno=True).fallocate
+    allocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    if allocate(file, 0, 0, size):
+        error = ctypes.get_errno()
+        if error not in (errno.EOPNOTSUPP, errno.ENOSYS):
+            raise OSError(error, os.strerror(error))
 
 
 def _bytes(info: TensorInfo) -> int:

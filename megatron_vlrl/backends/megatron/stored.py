@@ -74,9 +74,8 @@ class StoredWeights:
         The experts of a layer are put together one by one.
         """
         chunks = self._chunks()
-        memory = torch.empty(
-            max(map(self._bytes, self.parameters)), dtype=torch.uint8
-        )  # as long as needed, asked for once
+        # One piece for all of them: asking the system for memory anew costs as much as filling it.
+        memory = torch.empty(max(map(self._bytes, self.parameters)), dtype=torch.uint8)
         rules = (parameter.rule for parameter in self.parameters)
         joined = (
             parameter.rule.layout.join([self._read(parameter, chunks, memory)], parameter.rule.shapes(self.shapes))
